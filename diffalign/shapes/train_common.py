@@ -1,0 +1,45 @@
+"""What the training scripts of the shapes models share: learning rate, averaged weights, saving in one piece."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+class _Savable(Protocol):
+    def save_pretrained(self, save_directory: str) -> object: ...
+
+
+def cosine_lr(peak: float, step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up to `peak`, then a cosine to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, buffers included."""
+    for old, new in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if old.dtype.is_floating_point:
+            old.lerp_(new.to(old.dtype), 1 - decay)
+        else:
+            old.copy_(new)
+
+
+def save_atomically(model: _Savable, folder: Path) -> None:
+    """Writes the model beside `folder` and renames: a kill leaves the old folder or the new one, never half of one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, previous = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, previous)
+    os.replace(partial, folder)
+    shutil.rmtree(previous, ignore_errors=True)
