@@ -1,0 +1,76 @@
+"""Preference losses as pure functions of per-sample numbers: fp32 in, [B] out, no reduction.
+
+Symbols, for a pair of winner w and loser l at one (t, eps):
+    m      mean squared error of the policy's prediction          r    the same for the reference
+    d      m - r, the excess error; negative when the policy fits the sample better than the reference does
+    rho    -(beta / 2) d, the log-ratio of the sample              h    rho_w - rho_l, the logit of the pair
+
+beta follows Diffusion-DPO's code (arXiv 2311.12908, eq. 14): T, the weight and 1/D are inside it and the error is a
+mean over elements, so a beta in the thousands is usual and a larger one keeps the policy closer to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Link = Callable[[Tensor, Tensor, float], Tensor]  # (rho_w [B], rho_l [B], label smoothing) -> loss [B]
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """[B]: mean over all elements of (prediction - target)^2, in fp32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def log_ratio(error: Tensor, reference_error: Tensor, beta: float) -> Tensor:
+    """rho = -(beta / 2) (m - r)."""
+    return -0.5 * beta * (error - reference_error)
+
+
+def sigmoid(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
+    """(1 - e) softplus(-h) + e softplus(h): Diffusion-DPO, with label smoothing e = cDPO."""
+    h = rho_w - rho_l
+    return (1 - smoothing) * F.softplus(-h) + smoothing * F.softplus(h)
+
+
+def robust(rho_w: Tensor, rho_l: Tensor, smoothing: float) -> Tensor:
+    """[(1 - e) softplus(-h) - e softplus(h)] / (1 - 2 e): unbiased under labels flipped with probability e < 1/2."""
+    h = rho_w - rho_l
+    return ((1 - smoothing) * F.softplus(-h) - smoothing * F.softplus(h)) / (1 - 2 * smoothing)
+
+
+def hinge(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
+    """max(0, 1 - h)."""
+    return F.relu(1 - (rho_w - rho_l))
+
+
+def ipo(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
+    """(h - 1/2)^2: IPO on the scaled logit, with the same optimum as the raw form at a size that fp32 can carry."""
+    return (rho_w - rho_l - 0.5).square()
+
+
+def exo(rho_w: Tensor, rho_l: Tensor, smoothing: float) -> Tensor:
+    """KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - e)), e in (0, 1): EXO, DMPO. Least at h = logit(1 - e), so bounded."""
+    h = rho_w - rho_l
+    target = torch.tensor(1 - smoothing, dtype=h.dtype, device=h.device)
+    log_p, log_q = F.logsigmoid(h), F.logsigmoid(-h)
+    return log_p.exp() * (log_p - target.log()) + log_q.exp() * (log_q - (1 - target).log())
+
+
+def nca(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
+    """softplus(-rho_w) + [softplus(rho_w) + softplus(rho_l)] / 2: keeps the winner's own log-ratio from falling."""
+    return F.softplus(-rho_w) + 0.5 * (F.softplus(rho_w) + F.softplus(rho_l))
+
+
+LINKS: dict[str, Link] = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo": exo,
+    "nca": nca,
+}
+NEEDS_SMOOTHING = frozenset({"exo"})  # no finite value without it

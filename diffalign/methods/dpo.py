@@ -1,0 +1,113 @@
+"""Diffusion-DPO: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization", arXiv 2311.12908.
+
+    L = softplus(-h),   h = -(beta / 2) [(m_w - r_w) - (m_l - r_l)]                                            (eq. 14)
+
+x_t of winner and loser share t and eps; m and r are mean squared errors on the network's own target.
+
+Deviations from the released code (SalesforceAIResearch/DiffusionDPO, train.py), each on purpose:
+- the reference's error is taken in fp32 like the policy's; theirs is fp16, which biases the logit by up to 0.1;
+- one crop and one flip for both pictures of a pair; theirs are drawn per picture;
+- ties are dropped by default as there, and can also be kept with P = 1/2 or broken at random (data.tie);
+- rectified flows use the velocity's error with a constant beta (Flow-DPO, arXiv 2501.13918), not (1-t)^2 of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffalign.losses import LINKS, NEEDS_SMOOTHING, log_ratio
+from diffalign.methods.base import Loss, Need, Noised, PairBatch, Run, errors, noise_together
+from diffalign.process import time_weight
+
+SATURATED = 5.0  # |h| beyond which a pair gives almost no gradient
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Diffusion-DPO with other links and anchors as options.
+
+    Args:
+        beta: the leash; error is a mean over elements, so thousands are usual (see `diffalign.losses`).
+        link: sigmoid (DPO; cDPO with label_smoothing) | robust | hinge | ipo | exo (DMPO, SDPO's bounded form) | nca.
+        label_smoothing: e of the link, in [0, 0.5); exo needs it above 0.
+        sft_weight: adds sft_weight * (beta / 2) * m_w (DPO+SFT, RPO): holds the winner's own likelihood up.
+        dpop_weight: subtracts dpop_weight * max(0, (beta / 2) d_w) from h (DPOP): punishes a winner that gets worse.
+        loser_weight: coefficient of d_l in h; below 1 pushes losers away less than it pulls winners.
+        timestep_weight: native | eps | x0 | sigmoid | snr_clip, multiplied with d inside the link.
+        time_low, time_high: the part of the noise axis to train on, 0 clean and 1 pure noise.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS, Need.REFERENCE})
+
+    beta: float = 5000.0
+    link: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    dpop_weight: float = 0.0
+    loser_weight: float = 1.0
+    timestep_weight: str = "native"
+    time_low: float = 0.0
+    time_high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"method.beta: expected a number above 0, got {self.beta}")
+        if self.link not in LINKS:
+            raise ValueError(f"method.link: expected one of {', '.join(LINKS)}, got {self.link!r}")
+        if not 0 <= self.label_smoothing < 0.5 or (self.link in NEEDS_SMOOTHING and self.label_smoothing == 0):
+            raise ValueError(f"method.label_smoothing: expected a number in [0, 0.5), above 0 for exo, "
+                             f"got {self.label_smoothing}")  # fmt: skip
+        if not 0 <= self.time_low < self.time_high <= 1:
+            raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
+                             f"got {self.time_low}, {self.time_high}")  # fmt: skip
+
+    def prepare(self, run: Run, batch: PairBatch) -> Sequence[Noised]:
+        members = (batch.winner, batch.loser)
+        return [noise_together(run, members, batch.condition, batch.label, (self.time_low, self.time_high))]
+
+    def loss(self, run: Run, batch: Noised) -> Loss:
+        m, r = errors(run, batch)
+        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
+        rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
+        winner_worse = torch.relu(-rho_w)
+        pulled = rho_w - self.dpop_weight * winner_worse
+        value = self._soft_link(pulled, self.loser_weight * rho_l, batch.label)
+        m_w, m_l = m.chunk(2)
+        value = value + self.sft_weight * 0.5 * self.beta * m_w
+        time = run.process.fraction(batch.t).chunk(2)[0]
+        return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
+
+    def _soft_link(self, rho_w: Tensor, rho_l: Tensor, label: Tensor) -> Tensor:
+        """label * link(w over l) + (1 - label) * link(l over w): a tie kept as 1/2 pulls neither way."""
+        link = LINKS[self.link]
+        forward, backward = link(rho_w, rho_l, self.label_smoothing), link(rho_l, rho_w, self.label_smoothing)
+        return torch.where(label == 1, forward, label * forward + (1 - label) * backward)
+
+
+def pair_metrics(h: Tensor, m: Tensor, r: Tensor) -> dict[str, Tensor]:
+    """What every pair method logs, per pair and detached: the logit, ties counted half in accuracy, both errors.
+
+    `d_w` above 0 while `accuracy` rises is likelihood displacement: the winner gets less likely, the loser even more so.
+    """
+    with torch.no_grad():
+        (m_w, m_l), (r_w, r_l) = m.detach().chunk(2), r.chunk(2)
+        h = h.detach()
+        return {
+            "h": h,
+            "accuracy": (h > 0).float() + 0.5 * (h == 0).float(),
+            "saturated": (h.abs() > SATURATED).float(),
+            "d_w": m_w - r_w,
+            "d_l": m_l - r_l,
+            "m_w": m_w,
+            "m_l": m_l,
+            "r_w": r_w,
+            "r_l": r_l,
+        }

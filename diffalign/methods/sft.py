@@ -1,0 +1,40 @@
+"""SFT on the chosen pictures: the plain diffusion loss on winners, the baseline that many papers skip.
+
+    L = w(t) m_w
+
+Ties (label 1/2) count half. No reference, no loser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffalign.losses import squared_error
+from diffalign.methods.base import Loss, Need, Noised, PairBatch, Run, noise_together
+from diffalign.process import time_weight
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Denoising loss on winners.
+
+    Args:
+        timestep_weight: native | eps | x0 | sigmoid | snr_clip.
+        time_low, time_high: the part of the noise axis to train on, 0 clean and 1 pure noise.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS})
+
+    timestep_weight: str = "native"
+    time_low: float = 0.0
+    time_high: float = 1.0
+
+    def prepare(self, run: Run, batch: PairBatch) -> Sequence[Noised]:
+        return [noise_together(run, (batch.winner,), batch.condition, batch.label, (self.time_low, self.time_high))]
+
+    def loss(self, run: Run, batch: Noised) -> Loss:
+        m = squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y)
+        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
+        return Loss(batch.label * weight * m, run.process.fraction(batch.t), {"m_w": m.detach()})

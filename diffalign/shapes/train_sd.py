@@ -1,0 +1,196 @@
+"""Trains assets/tiny-sd from scratch on the shapes world: U-Net and text encoder together, on a trained VAE.
+
+    python -m diffalign.shapes.train_vae --out runs/tiny-vae
+    python -m diffalign.shapes.train_sd --vae runs/tiny-vae --out runs/tiny-sd --steps 8000
+    python -m diffalign.shapes.train_sd --init assets/tiny-sd --out runs/tiny-sd --steps 4000     # goes on from weights
+
+What is saved is a stock StableDiffusionPipeline folder with the averaged weights; state.pt beside it continues a killed
+run where it stopped (same command again). Every --eval-every steps the validation pass rate is printed, drawn with the
+stock pipeline's defaults except 20 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor
+
+from diffalign.shapes.grammar import Scene, sample_scenes
+from diffalign.shapes.render import render
+from diffalign.shapes.tiny_sd import TinySD, assemble, build_text_encoder, build_tokenizer, build_unet
+from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
+from diffalign.shapes.verify import verify
+
+PROMPT_DROPOUT = 0.1
+SNR_CLIP = 5.0  # min-SNR-gamma weighting (Hang et al. 2023, arXiv 2303.09556, eq. 7) for an epsilon target
+
+
+@torch.no_grad()
+def latent_pool(vae: AutoencoderKL, scenes: list[Scene], seed: int, device: str) -> Tensor:
+    """One freshly drawn picture per scene as scaled latents [N, 4, 16, 16]."""
+    rng = random.Random(seed)
+    parts = []
+    for start in range(0, len(scenes), 128):
+        drawn = np.stack([np.asarray(render(scene, rng)) for scene in scenes[start : start + 128]])
+        x = torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        parts.append(vae.encode(x).latent_dist.mean * vae.config.scaling_factor)
+    return torch.cat(parts).contiguous()
+
+
+@torch.no_grad()
+def pass_rates(pipe: StableDiffusionPipeline, scenes: list[Scene], seed: int = 0, batch: int = 64) -> dict[str, float]:
+    """Share of pictures that the verifier accepts, per category and in all, with the stock defaults except 20 steps."""
+    pipe.set_progress_bar_config(disable=True)
+    device = pipe.unet.device
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, len(scenes), batch):
+        part = scenes[start : start + batch]
+        generators = [torch.Generator(device).manual_seed(seed + start + i) for i in range(len(part))]
+        images = pipe([str(s) for s in part], num_inference_steps=20, generator=generators, output_type="np").images
+        for scene, image in zip(part, images, strict=True):
+            ok = verify((image * 255).round().astype(np.uint8), scene).ok
+            hits[scene.category].append(ok)
+            hits["all"].append(ok)
+    return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
+
+
+class Trainer:
+    """Policy, averaged copy, optimizer and the pool of latents; one `step` at a time."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+        self.args = args
+        self.pipe = pipe
+        self.tokenizer = pipe.tokenizer
+        self.unet = pipe.unet.to(args.device, memory_format=torch.channels_last).train()
+        self.text = pipe.text_encoder.to(args.device).train()
+        self.vae = pipe.vae.to(args.device).eval().requires_grad_(False)
+        self.ema_unet, self.ema_text = (copy.deepcopy(m).requires_grad_(False) for m in (self.unet, self.text))
+        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        alphas = pipe.scheduler.alphas_cumprod.to(args.device)
+        self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
+        self.weight = (SNR_CLIP / (alphas / (1 - alphas))).clamp(max=1)
+        self.done = 0
+        self.pool_seed = -1
+
+    def refresh_pool(self, seed: int) -> None:
+        """Draws the pool of `args.pool` pictures again, so that no picture is seen more than a few times."""
+        scenes = sample_scenes("train", self.args.pool, seed)
+        self.pool = latent_pool(self.vae, scenes, seed, self.args.device)
+        captions = [str(scene) for scene in scenes] + [""]
+        ids = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        self.ids = ids.input_ids.to(self.args.device)
+        self.pool_seed = seed
+
+    def step(self) -> float:
+        """One optimizer step; everything random follows from (seed, step), so a resumed run repeats it."""
+        g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.done)
+        n, device = self.args.batch, self.args.device
+        if (seed := self.args.seed + self.done // self.args.pool_steps) != self.pool_seed:
+            self.refresh_pool(seed)
+        pick = torch.randint(len(self.pool), (n,), generator=g)
+        eps = torch.randn(n, *self.pool.shape[1:], generator=g).to(device)
+        t = torch.randint(len(self.alpha), (n,), generator=g).to(device)
+        dropped = torch.rand(n, generator=g) < PROMPT_DROPOUT
+        ids = self.ids[torch.where(dropped, len(self.ids) - 1, pick)]
+        x0 = self.pool[pick]
+        x_t = self.alpha[t].view(-1, 1, 1, 1) * x0 + self.sigma[t].view(-1, 1, 1, 1) * eps
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        error = (self.unet(x_t, t, self.text(ids).last_hidden_state).sample - eps).square().mean((1, 2, 3))
+        value = (self.weight[t] * error).mean()
+        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=200)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.done += 1
+        decay = min(self.args.ema, (1 + self.done) / (10 + self.done))
+        update_ema(self.ema_unet, self.unet, decay)
+        update_ema(self.ema_text, self.text, decay)
+        return value.item()
+
+    def averaged(self) -> StableDiffusionPipeline:
+        """The stock pipeline with the averaged weights (copies: saving converts dtypes in place)."""
+        return assemble(*(copy.deepcopy(m).eval() for m in (self.vae, self.ema_text)), self.tokenizer,
+                        copy.deepcopy(self.ema_unet).eval())  # fmt: skip
+
+    def save(self) -> None:
+        save_atomically(TinySD(self.averaged()), self.args.out)
+        modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
+        state = {"done": self.done, "modules": [m.state_dict() for m in modules]}
+        torch.save(state, self.state_file.with_suffix(".partial"))
+        os.replace(self.state_file.with_suffix(".partial"), self.state_file)
+
+    def resume(self) -> None:
+        if not self.state_file.exists():
+            return
+        state = torch.load(self.state_file, map_location=self.args.device, weights_only=True)
+        modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
+        for module, saved in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(saved)
+        self.done = state["done"]
+        print(f"resumed at step {self.done}", flush=True)
+
+    @property
+    def state_file(self) -> Path:
+        return self.args.out.with_name(self.args.out.name + ".state.pt")
+
+
+def initial_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
+    """From a folder to go on with, or from scratch around a trained VAE."""
+    if args.init:
+        return StableDiffusionPipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+    return assemble(vae, build_text_encoder(tokenizer), tokenizer, build_unet())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vae", type=Path, help="folder of the trained VAE: starts from scratch")
+    source.add_argument("--init", type=Path, help="pipeline folder to go on with")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--pool", type=int, default=24_000, help="pictures drawn at a time")
+    parser.add_argument("--pool-steps", type=int, default=1500, help="steps between two drawings of the pool")
+    parser.add_argument("--eval-every", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    trainer = Trainer(initial_pipeline(args), args)
+    trainer.resume()
+    print(f"unet {sum(p.numel() for p in trainer.unet.parameters()) / 1e6:.2f}M, "
+          f"text {sum(p.numel() for p in trainer.text.parameters()) / 1e6:.2f}M", flush=True)  # fmt: skip
+    start, first, losses = time.time(), trainer.done, []
+    while trainer.done < args.steps:
+        losses.append(trainer.step())
+        done = trainer.done
+        if done % 100 == 0:
+            pace = (time.time() - start) / (done - first)
+            print(f"step {done} loss {np.mean(losses[-100:]):.4f} {pace:.3f} s/step", flush=True)
+        if done % args.save_every == 0 or done == args.steps:
+            trainer.save()
+        if done % args.eval_every == 0 or done == args.steps:
+            rates = pass_rates(trainer.averaged().to(args.device), sample_scenes("validation", 192, seed=1))
+            print(f"step {done} validation {({k: round(v, 3) for k, v in rates.items()})}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
