@@ -1,0 +1,112 @@
+"""What a run says about itself: averaged metrics, metrics.jsonl, picture grids and warnings."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+log = logging.getLogger("diffalign")
+
+BINS = 10  # of the noise axis, for the metrics that change along it
+BINNED = ("h", "d_w")
+
+
+class Averages:
+    """Means of per-sample metrics since the last `pop`; `BINNED` ones also per tenth of the noise axis."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, metrics: Mapping[str, Tensor], time: Tensor) -> None:
+        """metrics: name -> [B]; time: [B] in [0, 1]."""
+        bins = (time.detach().float().cpu() * BINS).long().clamp(max=BINS - 1)
+        for name, values in metrics.items():
+            values = values.detach().float().cpu()
+            self._add(name, values)
+            if name == "h":
+                self._add("h_abs", values.abs())
+                self._add("h_square", values.square())
+            if name in BINNED:
+                for index in bins.unique().tolist():
+                    self._add(f"{name}/bin{index}", values[bins == index])
+
+    def add_values(self, values: Mapping[str, float]) -> None:
+        """Numbers of the step as a whole: gradient norm, learning rate."""
+        for name, value in values.items():
+            self._add(name, torch.tensor([value]))
+
+    def pop(self) -> dict[str, float]:
+        """The means, and a fresh start. h_std is derived from the mean and the mean square."""
+        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        if "h_square" in means:
+            means["h_std"] = max(0.0, means.pop("h_square") - means["h"] ** 2) ** 0.5
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] += values.sum().item()
+        self._counts[name] += values.numel()
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per logged step; a resumed run first forgets the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = [line for line in _lines(path) if _step(line) <= resume_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class DisplacementAlarm:
+    """Warns once when the winners' excess error stays above 0: they get less likely while accuracy may still rise."""
+
+    def __init__(self, patience: int = 50, decay: float = 0.95) -> None:
+        self.patience, self.decay = patience, decay
+        self.average, self.above, self.warned = 0.0, 0, False
+
+    def update(self, d_w: float) -> None:
+        self.average = self.decay * self.average + (1 - self.decay) * d_w
+        self.above = self.above + 1 if self.average > 0 else 0
+        if self.above >= self.patience and not self.warned:
+            self.warned = True
+            log.warning(
+                "likelihood displacement: the winners' error has been above the reference's for %d steps (d_w %.2e). "
+                "Lower the learning rate, raise beta, or anchor the winner (method.sft_weight, method.dpop_weight).",
+                self.above, self.average,
+            )  # fmt: skip
+
+
+def grid(pixels: Tensor, columns: int) -> Image.Image:
+    """One picture of many [N, 3, H, W] in [0, 1], row by row."""
+    count, _, height, width = pixels.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for index, picture in enumerate((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return Image.fromarray(sheet)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # the half line of a killed run

@@ -1,0 +1,331 @@
+"""The only training loop, and the only file that knows accelerate.
+
+Everything random in a step follows from (seed, step, microbatch, rank), so a resumed run repeats what the killed one
+would have done, bit for bit on a CPU; no generator state is saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from diffalign import checkpoint as ckpt
+from diffalign.config import RunConfig
+from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.sampling import Policy
+from diffalign.schedules import learning_rate
+from diffalign.setup import Prepared, prepare_run
+from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile
+
+log = logging.getLogger("diffalign")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run left its LoRA (or model), how far it came, and the last metrics that it logged."""
+
+    folder: Path
+    steps: int
+    metrics: dict[str, float]
+    interrupted: bool = False
+
+
+def train(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunResult:
+    """Trains as a config says: a packaged name, a path, or a mapping of its keys, with dotted `key=value` overrides.
+
+    Raises:
+        ValueError: bad config, data, model or combination, before anything is trained.
+        RuntimeError: the loss stopped being finite, or the step-0 identity does not hold.
+    """
+    prepared = prepare_run(config, overrides)
+    return Trainer(prepared).fit()
+
+
+class Trainer:
+    """State of one run: the network in training, its optimizer, the reference and the counters."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.config: RunConfig = prepared.config
+        self.method: Method = prepared.method
+        self.pipe: LatentPipeline = prepared.pipe
+        self.data = prepared.data
+        self.folder = prepared.folder
+        self.accelerator: Accelerator = prepared.accelerator
+        self.reference = prepared.make_reference(self.pipe)
+        self.parameters = prepared.parameters
+        self.optimizer = self.accelerator.prepare_optimizer(_adamw(self.parameters, self.config))
+        # DDP hooks live in the wrapper, so the policy must call it; the reference needs no gradient and calls the module
+        self.policy = _with_network(self.pipe, self.accelerator.prepare_model(self.pipe.network))
+        self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
+        self.step, self.nonfinite, self.nonfinite_total = 0, 0, 0
+        self.averages, self.alarm = Averages(), DisplacementAlarm()
+        self.last: dict[str, float] = {}
+        self.checkpoint = prepared.checkpoint
+        if self.checkpoint:
+            self._restore(self.checkpoint)
+        self.metrics_file = MetricsFile(self.folder / "metrics.jsonl", self.step) if self._main else None
+
+    def fit(self) -> RunResult:
+        """Runs to max_train_steps, or to a SIGTERM, which saves and returns with interrupted=True."""
+        if self.step == 0:
+            self._check_identity()
+            self._validate()
+        with _until_sigterm() as stop, self._progress() as advance:
+            while self.step < self.config.max_train_steps and not stop:
+                self._train_step()
+                advance()
+                self._after_step(last=self.step == self.config.max_train_steps or bool(stop))
+        self._save_result()
+        self.accelerator.end_training()
+        return RunResult(self.folder, self.step, self.last, interrupted=bool(stop))
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> None:
+        config, seconds = self.config, time.perf_counter()
+        rate = config.learning_rate * learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        finite = True
+        for micro in range(config.gradient_accumulation_steps):
+            last = micro + 1 == config.gradient_accumulation_steps
+            with nullcontext() if last else self.accelerator.no_sync(self.policy_module):
+                finite &= self._backward(micro)
+        self.step += 1
+        if not self._all_ranks(finite):
+            self._skip_step()
+            return
+        self.nonfinite = 0
+        norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_ema()
+        pairs = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        self.averages.add_values({
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "pairs_per_second": pairs / (time.perf_counter() - seconds),
+        })  # fmt: skip
+
+    def _backward(self, micro: int) -> bool:
+        """Accumulates the gradient of one microbatch; False when its loss is not finite.
+
+        The backward pass runs either way: another rank would wait for this one's gradients for ever.
+        """
+        accelerator, config = self.accelerator, self.config
+        seed = _mix(config.seed, self.step, micro, accelerator.process_index)
+        torch.manual_seed(seed)  # LoRA dropout draws from the global generator
+        run = self._run(self.policy, seed)
+        finite = True
+        with accelerator.autocast():
+            with torch.no_grad():
+                batches = self.method.prepare(run, self._batch(micro, run.generator))
+            for batch in batches:
+                loss = self.method.loss(run, batch)
+                value = loss.value.mean()
+                accelerator.backward(value / (len(batches) * config.gradient_accumulation_steps))
+                if not torch.isfinite(value):
+                    finite = False
+                    continue
+                self.averages.add({"loss": loss.value, **loss.metrics}, loss.time)
+                if "d_w" in loss.metrics:
+                    self.alarm.update(loss.metrics["d_w"].mean().item())
+        return finite
+
+    def _batch(self, micro: int, generator: torch.Generator) -> PairBatch:
+        config, accelerator = self.config, self.accelerator
+        size, ranks = config.train_batch_size, accelerator.num_processes
+        first = ((self.step * config.gradient_accumulation_steps + micro) * ranks + accelerator.process_index) * size
+        return self.data.batch(range(first, first + size), generator, config.prompt_dropout, accelerator.device)
+
+    def _run(self, policy: Policy, seed: int) -> Run:
+        generator = torch.Generator().manual_seed(seed)
+        return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator)
+
+    def _skip_step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.nonfinite += 1
+        self.nonfinite_total += 1
+        log.warning("step %d: the loss is not finite, step skipped (%d in a row)", self.step, self.nonfinite)
+        if self.nonfinite >= self.config.max_nonfinite_steps:
+            raise RuntimeError(
+                f"the loss was not finite for {self.nonfinite} steps in a row, stopped at step {self.step}; the last "
+                f"checkpoint is in {self.folder}. Lower learning_rate, raise method.beta, or use mixed_precision: bf16"
+            )
+
+    def _update_ema(self) -> None:
+        if self.config.ema_decay:
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            for name, parameter in self._named():
+                self.ema[name].lerp_(parameter.detach(), 1 - decay)
+
+    def _after_step(self, last: bool) -> None:
+        config = self.config
+        if last or self.step % config.logging_steps == 0:
+            self._log(self.averages.pop())
+        if last or (config.validation_steps and self.step % config.validation_steps == 0):
+            self._validate()
+        if last or self.step % config.checkpointing_steps == 0:
+            self._save_checkpoint()
+
+    # -- what is asserted, measured and written ------------------------------------------------------------------
+
+    def _check_identity(self) -> None:
+        """Policy and reference are the same weights before the first step: they must say the same, to the bit in fp32.
+
+        Skipped, and said so, with `init_lora` or another reference than the same weights.
+        """
+        if self.reference is None or Need.REFERENCE not in self.method.needs:
+            return
+        if self.config.init_lora and self.config.reference_name == "adapter_off":
+            log.info("step-0 identity not checked: init_lora starts away from the reference")
+            return
+        run = self._run(self.policy, self.config.seed)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                noised = self.method.prepare(run, self._batch(0, run.generator))[0]
+                theirs = self.reference(noised.x_t, noised.t, noised.condition)
+            ours = self.policy(noised.x_t, noised.t, noised.condition).detach()
+        difference = (ours - theirs).square().mean().sqrt().item()
+        scale = theirs.square().mean().sqrt().item()
+        allowed = 0.0 if self.config.mixed_precision == "no" else 1e-2 * scale
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"step-0 identity: policy and reference are the same weights and must agree, but their outputs differ "
+                f"by {difference:.3g} rms (outputs {scale:.3g} rms, allowed {allowed:.3g}). Usual causes: dropout in the "
+                f"policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
+            )
+        log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
+
+    def _validate(self) -> None:
+        """Held-out pairs with fixed noise, and pictures of fixed prompts and seeds."""
+        if not self._main:
+            return
+        with self._averaged(), self.accelerator.autocast(), torch.no_grad():
+            averages = Averages()
+            for index, batch in enumerate(self.data.validation_batches(self.accelerator.device)):
+                # the module, not its DDP wrapper: the other ranks are not here
+                run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
+                for noised in self.method.prepare(run, batch):
+                    loss = self.method.loss(run, noised)
+                    averages.add({"loss": loss.value, **loss.metrics}, loss.time)
+            self._log({f"validation/{name}": value for name, value in averages.pop().items()})
+            if picture := self.data.validation_grid(self.pipe):
+                (self.folder / "samples").mkdir(exist_ok=True)
+                picture.save(self.folder / "samples" / f"step-{self.step:06d}.png")
+
+    def _log(self, values: dict[str, float]) -> None:
+        if not values or not self._main:
+            return
+        self.last = {**self.last, **values}
+        self.accelerator.log(values, step=self.step)
+        assert self.metrics_file is not None
+        self.metrics_file.write(self.step, values)
+
+    def _save_checkpoint(self) -> None:
+        if self._main:
+            ckpt.save_checkpoint(
+                self.folder,
+                self.step,
+                tensors={"trainable": dict(self._named()), **({"ema": self.ema} if self.ema else {})},
+                optimizer=self.optimizer.state_dict(),
+                counters={"nonfinite": self.nonfinite, "nonfinite_total": self.nonfinite_total,
+                          "alarm": [self.alarm.average, self.alarm.above, self.alarm.warned]},
+            )  # fmt: skip
+            ckpt.prune(self.folder, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path) -> None:
+        manifest = ckpt.read_manifest(folder)
+        trainable = ckpt.load_tensors(folder, "trainable")
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(trainable[name])
+        if self.ema:
+            self.ema = {name: value.to(self.accelerator.device) for name, value in ckpt.load_tensors(folder, "ema").items()}
+        self.optimizer.load_state_dict(ckpt.load_optimizer(folder))
+        counters = manifest["counters"]
+        self.step, self.nonfinite = manifest["step"], counters["nonfinite"]
+        self.nonfinite_total = counters["nonfinite_total"]
+        self.alarm.average, self.alarm.above, self.alarm.warned = counters["alarm"]
+        log.info("resumed from %s at step %d", folder, self.step)
+
+    def _save_result(self) -> None:
+        """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
+        if self._main:
+            with self._averaged():
+                save_result(self.pipe, self.config, self.folder)
+        self.accelerator.wait_for_everyone()
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    @property
+    def _main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((n, p) for n, p in self.pipe.network.named_parameters() if p.requires_grad)
+
+    def _all_ranks(self, flag: bool) -> bool:
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).all())
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if they are kept."""
+        kept = {name: p.detach().clone() for name, p in self._named()} if self.ema else {}
+        with torch.no_grad():
+            for name, parameter in self._named() if self.ema else ():
+                parameter.copy_(self.ema[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._named() if self.ema else ():
+                    parameter.copy_(kept[name])
+
+    @contextmanager
+    def _progress(self) -> Iterator[Any]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[state]}"))  # fmt: skip
+        with Progress(*columns, disable=not self._main) as progress:
+            task = progress.add_task("training", total=self.config.max_train_steps, completed=self.step, state="")
+
+            def advance() -> None:
+                shown = [f"{k} {self.last[k]:.3g}" for k in ("loss", "accuracy", "pairs_per_second") if k in self.last]
+                progress.update(task, completed=self.step, state="  ".join(shown))
+
+            yield advance
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of several numbers, such that neighbors in any of them share nothing (splitmix64's finalizer)."""
+    value = 0
+    for number in numbers:
+        value = (value + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        value ^= value >> 31
+    return value & (2**63 - 1)
+
+
+@contextmanager
+def _until_sigterm() -> Iterator[list[int]]:
+    """A list that is empty until a SIGTERM arrives; the old handler comes back at the end."""
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)

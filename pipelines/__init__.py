@@ -1,0 +1,68 @@
+"""Model families: name of the stock diffusers pipeline -> the class that serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.table import resolve
+
+PIPELINES: dict[str, str] = {
+    "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
+}
+SHIPPED = ("tiny-sd",)  # folders of diffalign.assets that are models
+
+
+def locate(name_or_path: str | Path) -> str:
+    """A shipped model's name becomes its folder; anything else stays what it is: a folder or a hub id."""
+    if str(name_or_path) in SHIPPED and not Path(name_or_path).exists():
+        return str(Path(__file__).resolve().parent.parent / "assets" / str(name_or_path))
+    return str(name_or_path)
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> LatentPipeline:
+    """Loads a stock diffusers folder, a hub id or a shipped model ("tiny-sd") of any family of `PIPELINES`.
+
+    Raises:
+        ValueError: not a diffusers pipeline, not to be had, or of a family that is not served; the message says which.
+    """
+    folder = locate(name_or_path)
+    name = _class_name(folder, revision)
+    if name not in PIPELINES:
+        raise ValueError(
+            f"{name_or_path}: expected a pipeline of {', '.join(PIPELINES)}, got {name}; "
+            f"a new family is one file in pipelines/ and one row in its table"
+        )
+    family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
+    return family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
+
+
+def _class_name(folder: str, revision: str | None) -> str:
+    path = Path(folder)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder}: expected a diffusers model folder with a model_index.json, found none; "
+            f"save one with pipe.save_pretrained(...), or convert a single file with diffusers' from_single_file"
+        )
+    try:
+        config = DiffusionPipeline.load_config(folder, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: neither a folder that exists nor a model that can be had from the hub ({_first_line(error)}); "
+            f"check the spelling, the network (HF_HUB_OFFLINE), and access to gated models"
+        ) from error
+    return str(config.get("_class_name"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,144 @@
+"""LoRA adapters on any `LatentPipeline`: attach, switch off, save and load in the format that diffusers reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.sampling import Condition, Policy
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+def attach_lora(
+    pipe: LatentPipeline,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: Sequence[str] | str | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    adapter: str = "default",
+) -> list[torch.nn.Parameter]:
+    """Adds a fresh adapter (B = 0, so the network is unchanged) and returns its fp32 parameters, the only trainable ones.
+
+    Args:
+        alpha: scale is alpha / rank; the rank if not given.
+        targets: endings of module names, or one regular expression over whole names; the family's own if not given.
+
+    Raises:
+        ValueError: no module matches the targets.
+    """
+    wanted = list(pipe.lora_targets) if targets is None else targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=wanted,
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+        torch.manual_seed(seed)
+        try:
+            pipe.network.add_adapter(config, adapter_name=adapter)
+        except ValueError as error:
+            raise ValueError(f"lora.targets {wanted}: no module of the network has such a name ({error})") from error
+    return trainable_in_fp32(pipe)
+
+
+def trainable_in_fp32(pipe: LatentPipeline) -> list[torch.nn.Parameter]:
+    """The parameters that require a gradient, cast to fp32 in place: 16-bit weights lose updates below 1/256."""
+    parameters = [p for p in pipe.network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", trainable: bool = False) -> None:
+    """Loads a LoRA file or folder for the network (text-encoder parts are refused), frozen unless `trainable`.
+
+    Raises:
+        ValueError: not there, not a LoRA file, or made for another network.
+    """
+    file = _weights_file(Path(path))
+    try:
+        pipe.network.load_lora_adapter(str(file.parent), prefix=pipe.lora_prefix, adapter_name=adapter,
+                                       weight_name=file.name, local_files_only=True)  # fmt: skip
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a LoRA for this {pipe.family} network: {error}") from error
+    if adapter not in getattr(pipe.network, "peft_config", {}):
+        raise ValueError(f"{file}: holds no weights with prefix {pipe.lora_prefix!r}; it was made for another network")
+    for name, parameter in pipe.network.named_parameters():
+        parameter.requires_grad_(trainable and f".{adapter}." in name)
+
+
+def save_lora(pipe: LatentPipeline, folder: str | Path, adapter: str = "default") -> Path:
+    """Writes folder/pytorch_lora_weights.safetensors in diffusers' own format, in one piece; returns the file."""
+    assert pipe.network.peft_config, "save_lora needs an attached adapter"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder, prefix=".lora-"))
+    try:
+        pipe.network.save_lora_adapter(str(partial), adapter_name=adapter, weight_name=WEIGHTS_NAME)
+        _prefix_keys(partial / WEIGHTS_NAME, pipe.lora_prefix)
+        os.replace(partial / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / WEIGHTS_NAME
+
+
+def lora_state(pipe: LatentPipeline, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's weights by peft name, on the CPU."""
+    return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(pipe.network, adapter_name=adapter).items()}
+
+
+@contextlib.contextmanager
+def adapters_disabled(pipe: LatentPipeline) -> Iterator[None]:
+    """The network without its adapters inside the block; they are on again after it, also after an exception."""
+    pipe.network.disable_adapters()
+    try:
+        yield
+    finally:
+        pipe.network.enable_adapters()
+
+
+def without_adapters(pipe: LatentPipeline) -> Policy:
+    """The reference that costs no memory: the same network with its adapters off."""
+
+    def reference(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        with adapters_disabled(pipe):
+            return pipe.predict(x_t, t, condition)
+
+    return reference
+
+
+def _weights_file(path: Path) -> Path:
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: expected a LoRA file or a folder with {WEIGHTS_NAME}, found none")
+    return file
+
+
+def _prefix_keys(file: Path, prefix: str) -> None:
+    """save_lora_adapter writes bare module names; stock pipe.load_lora_weights wants them under the network's prefix."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, "pt") as stored:
+        metadata = dict(stored.metadata() or {})
+        state = {f"{prefix}.{key}": stored.get_tensor(key).contiguous() for key in stored.keys()}
+    if text := metadata.get("lora_adapter_metadata"):
+        config = {f"{prefix}.{key}": value for key, value in json.loads(text).items()}
+        metadata["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
+    save_file(state, file, metadata=metadata)
