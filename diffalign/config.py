@@ -1,0 +1,277 @@
+"""A run as a flat YAML file with sections for rows of tables, strict in every key, with dotted overrides.
+
+    pretrained_model_name_or_path: tiny-sd
+    learning_rate: 1e-4
+    method: {name: dpo, beta: 5000}
+    data: {name: pickapic, path: pairs.parquet}
+
+`RunConfig` is the whole list of keys. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.table import coerce, split_section, unknown
+
+PACKAGED = Path(__file__).resolve().parent / "configs"
+if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
+    PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "train": ("lora", "full"),
+    "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "report_to": ("tensorboard", "wandb", "trackio", "none"),
+}
+POSITIVE = (
+    "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_train_steps",
+    "max_grad_norm", "checkpointing_steps", "logging_steps", "max_nonfinite_steps", "validation_batch_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter. alpha: scale is alpha / rank (None: the rank); targets: module endings or a regular expression."""
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: list[str] | str | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every key of a training run; names are those that diffusers users know."""
+
+    pretrained_model_name_or_path: str  # folder, hub id, or a shipped model such as tiny-sd
+    data: dict[str, Any] = field(default_factory=dict)  # a row of DATASETS and its keywords
+    revision: str | None = None
+    variant: str | None = None
+    output_dir: str | None = None  # default: runs/<name of the config>
+    resolution: int = 512  # pixels of the short side, and of the crop
+    random_crop: bool = False  # else the center
+    random_flip: bool = False  # one flip for both pictures of a pair
+
+    train: str = "lora"  # lora | full
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    init_lora: str | None = None  # continue this LoRA instead of a fresh one
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})
+    rewards: dict[str, Any] = field(default_factory=dict)  # name: weight, or name: {weight, keywords}
+
+    train_batch_size: int = 4  # pairs per device and microbatch
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 0
+    max_train_steps: int = 1000
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    mixed_precision: str = "no"  # no | fp16 | bf16; LoRA weights and losses are fp32 in each
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None  # keep averaged weights, and save those as the result
+    prompt_dropout: float = 0.1  # share of pairs trained with the empty prompt, for guidance
+    max_nonfinite_steps: int = 10  # stop after so many steps in a row whose loss is not finite
+
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 3
+    resume_from_checkpoint: str | None = None  # latest | checkpoint-<step> | a path
+    report_to: str = "tensorboard"  # tensorboard | wandb | trackio | none
+    logging_steps: int = 10
+    validation_steps: int | None = None  # None: only before the first and after the last step
+    validation_batch_size: int = 16
+    validation_prompts: list[str] = field(default_factory=list)  # pictures of these are drawn at each validation
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    validation_seed: int = 0
+    seed: int = 0
+    cache_dir: str = "runs/cache"  # latents and embeddings, shared between runs
+    cpu: bool = False  # train on the CPU although there is a GPU
+
+    @property
+    def method_name(self) -> str:
+        return str(self.method["name"])
+
+    @property
+    def reference_name(self) -> str:
+        return str(self.reference["name"])
+
+
+def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A packaged name ("tiny-sd/dpo"), a path, or a mapping, with `a.b=value` overrides, checked key by key.
+
+    Raises:
+        ValueError: no such file, bad YAML, an unknown key (with the nearest one), a value of the wrong type or range.
+    """
+    if isinstance(config, Mapping):
+        values, name = {**config}, "run"
+    else:
+        path = find_config(config)
+        values, name = read_yaml(path), path.stem if path.parent == PACKAGED else f"{path.parent.name}-{path.stem}"
+    for override in overrides:
+        apply_override(values, override)
+    values.setdefault("output_dir", f"runs/{name}")
+    return resolve(values)
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configs that ship, such as "tiny-sd/dpo"."""
+    return sorted(str(path.relative_to(PACKAGED).with_suffix("")) for path in PACKAGED.rglob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """A path as it is, else a packaged config of that name.
+
+    Raises:
+        ValueError: neither; lists what is packaged.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = PACKAGED / f"{str(name).removesuffix('.yaml')}.yaml"
+    if packaged.is_file():
+        return packaged
+    raise unknown("config", str(name), packaged_configs())
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML that refuses a key written twice, which plain YAML silently lets the last one win."""
+
+
+def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} is written twice, at {str(node.start_mark).strip()}")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping.
+
+    Raises:
+        ValueError: not readable, not YAML, not a mapping, or a key twice.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one dotted key in place: method.beta=2000, rewards."hpsv2.1"=5, validation_prompts=[a red circle].
+
+    Raises:
+        ValueError: not of the form key=value, or a path through something that is not a section.
+    """
+    key, equals, text = override.partition("=")
+    parts = [quoted or plain for quoted, plain in re.findall(r'"([^"]+)"|([^."]+)', key)]
+    if not equals or not parts:
+        raise ValueError(f"expected an override of the form key=value, such as method.beta=2000, got {override!r}")
+    try:
+        value = yaml.load(text, Loader=_Strict)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    section = values
+    for part in parts[:-1]:
+        inner = section.get(part)
+        if isinstance(inner, str):  # `method: dpo` is short for `method: {name: dpo}`
+            inner = {"name": inner}
+        elif inner is not None and not isinstance(inner, Mapping):
+            raise ValueError(f"override {override!r}: {part} is not a section but {inner!r}")
+        section[part] = section = dict(inner or {})
+    section[parts[-1]] = value
+
+
+def resolve(values: Mapping[str, Any]) -> RunConfig:
+    """A mapping as a `RunConfig`, each value checked.
+
+    Raises:
+        ValueError: names the key, what was expected and what came.
+    """
+    hints = typing.get_type_hints(RunConfig)
+    for key in values:
+        if key not in hints:
+            raise unknown("config key", key, hints)
+    if "pretrained_model_name_or_path" not in values:
+        raise ValueError("the config has no pretrained_model_name_or_path: the model to train, such as tiny-sd")
+    checked = {key: _checked(key, value, hints[key]) for key, value in values.items()}
+    config = RunConfig(**checked)
+    _check_ranges(config)
+    return config
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, in the order of `RunConfig`."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: RunConfig, path: Path) -> None:
+    """Writes the resolved config as YAML, in one piece."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    if key == "lora":
+        return _lora(value)
+    if key in ("method", "reference", "data"):
+        name, keywords = split_section(value, key)
+        return {"name": name, **keywords}
+    if key == "validation_prompts":
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"validation_prompts: expected a list of texts, got {value!r}")
+        return value
+    if key == "rewards":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"rewards: expected name: weight lines, got {value!r}")
+        return dict(value)
+    value = "no" if key == "mixed_precision" and value is False else value  # YAML 1.1 reads a bare no as False
+    return coerce(value, hint, key)
+
+
+def _lora(value: Any) -> LoraConfig:
+    if isinstance(value, LoraConfig):
+        return value
+    hints = typing.get_type_hints(LoraConfig)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"lora: expected a section such as {{rank: 16}}, got {value!r}")
+    for key in value:
+        if key not in hints:
+            raise unknown("key of lora", str(key), hints)
+    lora = LoraConfig(**{key: coerce(item, hints[key], f"lora.{key}") for key, item in value.items()})
+    if lora.rank < 1 or not 0 <= lora.dropout < 1:
+        raise ValueError(f"lora: expected a rank of at least 1 and a dropout in [0, 1), got {lora.rank}, {lora.dropout}")
+    return lora
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for key, allowed in CHOICES.items():
+        if getattr(config, key) not in allowed:
+            raise ValueError(f"{key}: expected one of {', '.join(allowed)}, got {getattr(config, key)!r}")
+    for key in POSITIVE:
+        if not getattr(config, key) > 0:
+            raise ValueError(f"{key}: expected a number above 0, got {getattr(config, key)!r}")
+    for key in ("prompt_dropout", "ema_decay"):
+        value = getattr(config, key)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{key}: expected a number in [0, 1], got {value!r}")
