@@ -1,0 +1,195 @@
+"""Every row of METHODS keeps the same promises, on networks whose law is known exactly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import PROCESSES, ROWS, Denoiser
+
+from diffalign.methods import METHODS
+from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
+from diffalign.sampling import Condition
+from diffalign.table import build
+
+ROW = {name: {"name": name} for name in METHODS}
+VARIANTS = {
+    **ROW,
+    **{f"dpo-{link}": {"name": "dpo", "link": link, "label_smoothing": 0.05} for link in
+       ("robust", "hinge", "ipo", "exo", "nca", "sigmoid")},
+    "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
+    "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
+    "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
+}  # fmt: skip
+BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
+
+
+def method(variant: str) -> Method:
+    section = dict(VARIANTS[variant])
+    if section["name"] == "dpo":
+        section["beta"] = BETA
+    return build(METHODS, section, what="method")
+
+
+def networks(process: str, kind: str) -> tuple[Denoiser, Denoiser]:
+    return tuple(Denoiser(PROCESSES[process], kind) for _ in range(2))  # type: ignore[return-value]
+
+
+def pairs(count: int, seed: int = 0, label: float = 1.0) -> PairBatch:
+    """Winners around +1 and losers around -1 for prompt 0; the other way round for prompt 1."""
+    g = torch.Generator().manual_seed(seed)
+    prompt = torch.arange(count) % 2
+    side = (1.0 - 2.0 * prompt).view(-1, 1)
+    noise = torch.randn(2, count, 3, generator=g) * 0.3
+    return PairBatch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+
+
+def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
+    return Run(policy, reference, policy.process, policy.kind, torch.Generator().manual_seed(seed))
+
+
+def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
+    """One pair (or winner) of a microbatch."""
+    picked = list(range(index, len(batch.t), pairs_in_batch))
+    condition: Condition = {name: value[picked] for name, value in batch.condition.items()}
+    return replace(batch, x_t=batch.x_t[picked], y=batch.y[picked], t=batch.t[picked], condition=condition,
+                   label=batch.label[index : index + 1])  # fmt: skip
+
+
+LEAST_MOVE = 0.02  # of each prompt's mean in forty steps, on the winners' side; a bounded link (IPO) stops early
+
+
+@pytest.mark.parametrize(("process", "kind"), ROWS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forty_steps_move_towards_the_winners(variant: str, process: str, kind: str) -> None:
+    policy, reference = networks(process, kind)
+    rule = method(variant)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+    for step in range(40):
+        state = run(policy, reference, seed=step)
+        with torch.no_grad():
+            batches = rule.prepare(state, pairs(64, seed=step))
+        for batch in batches:
+            rule.loss(state, batch).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (policy.mean[0] > LEAST_MOVE).all(), policy.mean
+    assert (policy.mean[1] < -LEAST_MOVE).all(), policy.mean
+
+
+@pytest.mark.parametrize(("process", "kind"), ROWS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, kind: str) -> None:
+    policy, reference = networks(process, kind)
+    torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
+    state, rule = run(policy, reference), method(variant)
+    for batch in rule.prepare(state, pairs(4)):
+        together = rule.loss(state, batch)
+        assert together.value.shape == together.time.shape == (4,)
+        for index in range(4):
+            alone = rule.loss(state, rows(batch, index, 4))
+            torch.testing.assert_close(alone.value[0], together.value[index], rtol=1e-5, atol=1e-6)
+            for name, values in together.metrics.items():
+                torch.testing.assert_close(alone.metrics[name][0], values[index], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("dpo")])
+def test_at_the_reference_the_logit_is_exactly_zero(variant: str) -> None:
+    policy, reference = networks("vp", "epsilon")
+    state, rule = run(policy, reference), method(variant)
+    [batch] = rule.prepare(state, pairs(8))
+    metrics = rule.loss(state, batch).metrics
+    assert (metrics["h"] == 0).all() and (metrics["accuracy"] == 0.5).all()
+    assert (metrics["d_w"] == 0).all() and (metrics["d_l"] == 0).all()
+
+
+def test_plain_dpo_starts_at_ln_2() -> None:
+    policy, reference = networks("flow", "flow")
+    state, rule = run(policy, reference), method("dpo")
+    [batch] = rule.prepare(state, pairs(8))
+    torch.testing.assert_close(rule.loss(state, batch).value, torch.full((8,), 2.0).log())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_policy_gets_a_gradient(variant: str) -> None:
+    policy, reference = networks("vp", "epsilon")
+    state, rule = run(policy, reference), method(variant)
+    for batch in rule.prepare(state, pairs(8)):
+        rule.loss(state, batch).value.mean().backward()
+    assert policy.mean.grad is not None and policy.mean.grad.abs().sum() > 0
+    assert reference.mean.grad is None
+
+
+def test_the_released_expression() -> None:
+    """Diffusion-DPO's own arithmetic, written out: -0.5 beta [(m_w - m_l) - (r_w - r_l)] inside -logsigmoid."""
+    policy, reference = networks("vp", "epsilon")
+    torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
+    state, rule = run(policy, reference), method("dpo")
+    [batch] = rule.prepare(state, pairs(4))
+    m = (policy(batch.x_t, batch.t, batch.condition) - batch.y).pow(2).mean(1)
+    r = (reference(batch.x_t, batch.t, batch.condition) - batch.y).pow(2).mean(1)
+    inside = -0.5 * BETA * ((m[:4] - m[4:]) - (r[:4] - r[4:]))
+    torch.testing.assert_close(rule.loss(state, batch).value, -torch.nn.functional.logsigmoid(inside))
+
+
+def test_swapping_winner_and_loser_flips_the_logit() -> None:
+    policy, reference = networks("vp", "epsilon")
+    torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
+    rule, batch = method("dpo"), pairs(4)
+    swapped = replace(batch, winner=batch.loser, loser=batch.winner)
+    one, other = (rule.loss(run(policy, reference), rule.prepare(run(policy, reference), b)[0]) for b in (batch, swapped))
+    torch.testing.assert_close(one.metrics["h"], -other.metrics["h"])
+
+
+def test_a_tie_pulls_neither_way() -> None:
+    policy, reference = networks("vp", "epsilon")
+    state, rule = run(policy, reference), method("dpo")
+    [batch] = rule.prepare(state, pairs(8, label=0.5))
+    rule.loss(state, batch).value.mean().backward()
+    assert policy.mean.grad is not None
+    torch.testing.assert_close(policy.mean.grad, torch.zeros_like(policy.mean), rtol=0, atol=1e-7)
+
+
+def test_pairs_share_time_and_noise() -> None:
+    policy, reference = networks("vp", "epsilon")
+    state = run(policy, reference)
+    [batch] = method("dpo").prepare(state, pairs(4))
+    assert torch.equal(batch.t[:4], batch.t[4:])
+    assert torch.equal(batch.y[:4], batch.y[4:])  # the target of an epsilon network is the noise
+
+
+def test_time_range_is_kept() -> None:
+    rule = build(METHODS, {"name": "dpo", "time_low": 0.5, "time_high": 0.6}, what="method")
+    policy, reference = networks("vp", "epsilon")
+    [batch] = rule.prepare(run(policy, reference), pairs(200))
+    assert 499 <= batch.t.min() and batch.t.max() <= 600
+
+
+def test_a_missing_reference_is_named() -> None:
+    policy, reference = networks("vp", "epsilon")
+    state, rule = run(policy, reference), method("dpo")
+    [batch] = rule.prepare(state, pairs(2))
+    with pytest.raises(ValueError, match="reference: {name: adapter_off}"):
+        rule.loss(replace(state, reference=None), batch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_are_declared_and_sections_build(name: str) -> None:
+    rule = build(METHODS, ROW[name], what="method")
+    assert rule.needs <= set(Need) and Need.PAIRS in rule.needs
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "dpo", "beta": -1}, "method.beta"),
+        ({"name": "dpo", "link": "logistic"}, "method.link"),
+        ({"name": "dpo", "link": "exo"}, "method.label_smoothing"),
+        ({"name": "dpo", "time_low": 0.9, "time_high": 0.1}, "method.time_low"),
+        ({"name": "dpo", "betta": 1}, "did you mean 'beta'"),
+        ({"name": "dop"}, "did you mean 'dpo'"),
+        ({"name": "dpo", "beta": "high"}, "method.beta: expected float, got 'high'"),
+    ],
+)
+def test_bad_sections_are_named(section: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(METHODS, section, what="method")
