@@ -40,7 +40,7 @@ class StableDiffusion(LatentPipeline):
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder,
                 # an explicit dtype for all parts: transformers would else load its own in the dtype of the file
-                torch_dtype=dtype,
+                dtype=dtype,
                 revision=revision,
                 variant=variant,
                 safety_checker=None,

@@ -149,10 +149,10 @@ class Trainer:
 def initial_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
     """From a folder to go on with, or from scratch around a trained VAE."""
     if args.init:
-        return StableDiffusionPipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+        return StableDiffusionPipeline.from_pretrained(args.init, dtype=torch.float32)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32)
     return assemble(vae, build_text_encoder(tokenizer), tokenizer, build_unet())
 
 

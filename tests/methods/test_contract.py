@@ -15,7 +15,8 @@ ROW = {name: {"name": name} for name in METHODS}
 VARIANTS = {
     **ROW,
     **{f"dpo-{link}": {"name": "dpo", "link": link, "label_smoothing": 0.05} for link in
-       ("robust", "hinge", "ipo", "exo", "nca", "sigmoid")},
+       ("robust", "hinge", "exo", "nca", "sigmoid")},
+    "dpo-ipo": {"name": "dpo", "link": "ipo", "beta": 2.0},  # its optimum h = 1/2 is near the reference at a large beta
     "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
     "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
     "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
@@ -26,7 +27,7 @@ BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
 def method(variant: str) -> Method:
     section = dict(VARIANTS[variant])
     if section["name"] == "dpo":
-        section["beta"] = BETA
+        section.setdefault("beta", BETA)
     return build(METHODS, section, what="method")
 
 

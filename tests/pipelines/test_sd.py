@@ -1,0 +1,192 @@
+"""The Stable Diffusion family against stock diffusers, on random miniatures of the true layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from miniatures import stable_diffusion
+from safetensors import safe_open
+
+from diffalign.generate import generate
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import (
+    WEIGHTS_NAME,
+    adapters_disabled,
+    attach_lora,
+    load_lora,
+    lora_state,
+    save_lora,
+    without_adapters,
+)
+
+PROMPTS = ["a red circle", "two blue squares", "a green cross above a red square"]
+
+
+def stock_pictures(folder: Path, lora: Path | None = None, guidance_scale: float = 7.5) -> torch.Tensor:
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    images = pipe(PROMPTS, num_inference_steps=5, generator=generators, guidance_scale=guidance_scale,
+                  output_type="pt").images  # fmt: skip
+    return images
+
+
+def trained(pipe, rank: int = 4, alpha: float | None = None):  # type: ignore[no-untyped-def]
+    """A pipeline with an adapter that changes something: B is drawn instead of zero."""
+    parameters = attach_lora(pipe, rank=rank, alpha=alpha)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.3)
+    return pipe
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_pictures_are_stock(kind: str, scheduler: str) -> None:
+    folder = stable_diffusion(kind, scheduler)
+    ours = generate(load_pipeline(folder), PROMPTS, seeds=range(3), steps=5)
+    torch.testing.assert_close(ours, stock_pictures(folder), rtol=0, atol=1e-4)
+
+
+def test_a_picture_does_not_depend_on_the_batch() -> None:
+    pipe = load_pipeline(stable_diffusion())
+    together = generate(pipe, PROMPTS, seeds=[5, 6, 7], steps=3, batch_size=3)
+    alone = generate(pipe, PROMPTS, seeds=[5, 6, 7], steps=3, batch_size=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_stock_diffusers_reads_our_lora(tmp_path: Path, alpha: float | None) -> None:
+    pipe = trained(load_pipeline(stable_diffusion()), alpha=alpha)
+    save_lora(pipe, tmp_path)
+    ours = generate(pipe, PROMPTS, seeds=range(3), steps=5)
+    plain = generate(load_pipeline(stable_diffusion()), PROMPTS, seeds=range(3), steps=5)
+    assert (ours - plain).abs().max() > 0.01  # the adapter does something
+    torch.testing.assert_close(ours, stock_pictures(stable_diffusion(), tmp_path), rtol=0, atol=1e-4)
+
+
+def test_lora_file_has_the_stock_keys(tmp_path: Path) -> None:
+    file = save_lora(trained(load_pipeline(stable_diffusion())), tmp_path)
+    with safe_open(file, "pt") as stored:
+        keys = list(stored.keys())
+        assert all(stored.get_tensor(key).dtype == torch.float32 for key in keys)
+        metadata = json.loads(stored.metadata()["lora_adapter_metadata"])
+    assert all(key.startswith("unet.") and ".default." not in key for key in keys)
+    assert {key.rsplit(".", 2)[1] for key in keys} == {"lora_A", "lora_B"}
+    assert metadata["unet.r"] == 4
+    assert [f.name for f in tmp_path.iterdir()] == [WEIGHTS_NAME]
+
+
+def test_lora_round_trip_is_exact(tmp_path: Path) -> None:
+    pipe = trained(load_pipeline(stable_diffusion()), alpha=8.0)
+    save_lora(pipe, tmp_path)
+    again = load_pipeline(stable_diffusion())
+    load_lora(again, tmp_path, trainable=True)
+    assert {k: v.tolist() for k, v in lora_state(pipe).items()} == {k: v.tolist() for k, v in lora_state(again).items()}
+    assert torch.equal(*[generate(p, PROMPTS[:1], seeds=[3], steps=2) for p in (pipe, again)])
+    trainable = [n for n, p in again.network.named_parameters() if p.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+
+
+def test_fresh_adapter_changes_nothing_and_alone_is_trainable() -> None:
+    pipe = load_pipeline(stable_diffusion())
+    before = generate(pipe, PROMPTS[:1], seeds=[0], steps=2)
+    parameters = attach_lora(pipe, rank=4)
+    assert torch.equal(generate(pipe, PROMPTS[:1], seeds=[0], steps=2), before)
+    assert {id(p) for p in pipe.network.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    assert all(p.dtype == torch.float32 for p in parameters)
+
+
+def test_fresh_adapters_follow_their_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    states = []
+    for seed in (0, 0, 1):
+        pipe = load_pipeline(stable_diffusion())
+        attach_lora(pipe, rank=2, seed=seed)
+        states.append(torch.cat([v.flatten() for v in lora_state(pipe).values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_reference_is_the_base_and_adapters_come_back_after_an_exception() -> None:
+    base, pipe = load_pipeline(stable_diffusion()), trained(load_pipeline(stable_diffusion()))
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 900.0])
+    condition = pipe.encode_prompts(PROMPTS[:2])
+    with torch.no_grad():
+        adapted = pipe.predict(x, t, condition)
+        assert torch.equal(without_adapters(pipe)(x, t, condition), base.predict(x, t, condition))
+        assert torch.equal(pipe.predict(x, t, condition), adapted)
+        with pytest.raises(RuntimeError), adapters_disabled(pipe):
+            raise RuntimeError
+        assert torch.equal(pipe.predict(x, t, condition), adapted)
+
+
+def test_encode_and_decode_are_stock() -> None:
+    pipe = load_pipeline(stable_diffusion())
+    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion())
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, logvar = pipe.encode(pixels)
+    scale = stock.vae.config.scaling_factor
+    posterior = stock.vae.encode(pixels * 2 - 1).latent_dist
+    torch.testing.assert_close(mean, posterior.mean * scale)
+    torch.testing.assert_close((logvar / 2).exp(), posterior.std * scale)
+    torch.testing.assert_close(pipe.decode(mean), stock.vae.decode(mean / scale).sample / 2 + 0.5)
+    latents = mean.clone().requires_grad_()
+    pipe.decode(latents).sum().backward()
+    assert latents.grad is not None and latents.grad.abs().sum() > 0
+
+
+def test_release_frees_and_says_so() -> None:
+    pipe = load_pipeline(stable_diffusion())
+    pipe.release()
+    with pytest.raises(ValueError, match="released"):
+        pipe.encode_prompts(["a red circle"])
+
+
+def test_fingerprint_changes_with_the_weights() -> None:
+    pipe, same = (load_pipeline(stable_diffusion()) for _ in range(2))
+    other = load_pipeline(stable_diffusion(seed=1))
+    for part in ("vae", "text"):
+        assert pipe.fingerprint(part) == same.fingerprint(part) != other.fingerprint(part)
+
+
+def test_sizes_are_checked() -> None:
+    pipe = load_pipeline(stable_diffusion())
+    assert pipe.latent_shape() == (4, 8, 8) and pipe.latent_shape(64, 32) == (4, 16, 8)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        pipe.latent_shape(33, 32)
+    with pytest.raises(ValueError, match="1 to 1000 sampling steps"):
+        pipe.times(0)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_index.json"):
+        load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="expected a pipeline of StableDiffusionPipeline, got FluxPipeline"):
+        load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="not complete"):
+        load_pipeline(tmp_path)
+
+
+def test_a_lora_that_is_none(tmp_path: Path) -> None:
+    pipe = load_pipeline(stable_diffusion())
+    with pytest.raises(ValueError, match=WEIGHTS_NAME):
+        load_lora(pipe, tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="not a LoRA"):
+        load_lora(pipe, tmp_path)
+
+
+def test_targets_that_match_nothing_are_named() -> None:
+    with pytest.raises(ValueError, match=r"lora.targets \['to_x'\]"):
+        attach_lora(load_pipeline(stable_diffusion()), targets=["to_x"])
