@@ -32,13 +32,16 @@ def tiny_clip(processor: bool = True) -> tuple[CLIPModel, CLIPProcessor]:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     letters = string.ascii_lowercase
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = tower | {"vocab_size": len(words), "max_position_embeddings": CONTEXT,
-                    "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}  # fmt: skip
+    start, end = len(words) - 2, len(words) - 1
+    ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    text = tower | ids | {"vocab_size": len(words), "max_position_embeddings": CONTEXT}
     vision = tower | {"image_size": IMAGE_SIZE, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     fill(model, seed=7)
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=CONTEXT)
-    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
     return model, CLIPProcessor(images, tokenizer)
 
 
@@ -53,7 +56,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
-    """Noise whose spectrum falls as 1/f, as that of natural pictures does, with a hard edge, on which resizing rings."""
+    """Noise whose spectrum falls as 1/f, as in natural pictures, with a hard edge, on which resizing rings."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
     frequency[0, 0] = 1

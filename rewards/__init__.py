@@ -1,0 +1,52 @@
+"""Reward models: name -> class. A dotted path, "package.module:Class", names anyone's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from diffalign.rewards.base import Reward, Weighted
+from diffalign.table import build, coerce
+
+REWARDS: dict[str, str] = {
+    "clip": "diffalign.rewards.clip:CLIPScore",
+    "shapes": "diffalign.rewards.shapes:Shapes",
+}
+
+
+def load_reward(name: str, /, *, device: torch.device | str = "cpu", **keywords: object) -> Reward:
+    """One reward by name, or by the dotted path of your own.
+
+    Args:
+        device: where its weights live, if it has any.
+        keywords: those of its constructor.
+
+    Raises:
+        ValueError: unknown name or keyword, or a checkpoint that is not to be had; the message says what to do.
+    """
+    reward: Reward = build(REWARDS, {"name": name, **keywords}, what="reward", device=device)
+    return reward
+
+
+def load_rewards(
+    sections: Mapping[str, float | Mapping[str, object]], *, device: torch.device | str = "cpu"
+) -> Weighted:
+    """The weighted sum that a `rewards` section asks for: {"shapes": 1.0, "clip": {"weight": 0.01, "model": ...}}.
+
+    A mapping may give a `name`; then its key is only the label in the log, and one reward can be there twice with
+    different models. The weight is 1 if not given; 0 only logs.
+
+    Raises:
+        ValueError: as `load_reward`, an empty section, or a weight that is not a finite number.
+    """
+    if not isinstance(sections, Mapping):
+        raise ValueError(f"rewards: expected a mapping of name -> weight, got {sections!r}")
+    return Weighted({label: _weighted(label, section, device) for label, section in sections.items()})
+
+
+def _weighted(label: str, section: float | Mapping[str, object], device: torch.device | str) -> tuple[Reward, float]:
+    keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
+    weight = coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
+    name = str(keywords.pop("name", label))
+    return load_reward(name, device=device, **keywords), weight

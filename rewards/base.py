@@ -1,0 +1,200 @@
+"""What a reward is, how its inputs are told apart, and the weighted sum of several.
+
+PIL pictures and uint8 tensors are scored by the exact recipe, without gradient: the number that a paper reports.
+Float tensors are scored by the differentiable recipe: the number whose gradient trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.rewards.preprocess import to_pictures
+
+Images = Tensor | Sequence[Image.Image]
+ScorePictures = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
+ScorePixels = Callable[[Tensor, Sequence[str]], Tensor]
+
+ROUNDING = 1e-4  # how far above 1 or below 0 a pixel may be before it counts as a wrong range
+
+
+class Reward(Protocol):
+    """Scores pictures against their prompts; higher is better, on the scale of the paper that it comes from."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `diffalign.rewards.REWARDS`."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether float pixels get a gradient."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest score that can occur; infinite where there is no bound."""
+
+    @property
+    def licence(self) -> str:
+        """That of the weights, or of the code where there are none."""
+
+    @property
+    def source(self) -> str:
+        """Where the weights or the rule come from."""
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Scores [B], fp32, on the device of the pixels (CPU for PIL).
+
+        Args:
+            images: B PIL pictures of any sizes, or pixels [B, 3, H, W] or clips [B, F, 3, H, W] (the mean over
+                frames), uint8 or float in [0, 1].
+            prompts: one per picture or clip.
+
+        Raises:
+            ValueError: counts that differ, another shape, type or range of values, or a gradient asked of a reward
+                that has none.
+        """
+
+
+def dispatch(
+    name: str, images: Images, prompts: Sequence[str], *, exact: ScorePictures, differentiable: ScorePixels | None
+) -> Tensor:
+    """The body of most rewards: checks the inputs, picks the recipe, averages over frames. Scores [B].
+
+    Args:
+        exact: scores [N] of N PIL pictures and N prompts; called without gradient.
+        differentiable: scores [N] of fp32 pixels [N, 3, H, W]; None for a reward without gradient.
+
+    Raises:
+        ValueError: see `Reward.__call__`.
+    """
+    check_images(images)
+    check_prompts(prompts, len(images))
+    if not isinstance(images, Tensor):
+        with torch.no_grad():
+            return exact(images, prompts).float().cpu()
+    if differentiable is None and images.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"reward {name!r} has no gradient, but pixels that require one were given; pass pixels.detach()"
+        )
+    flat, frames = flatten_frames(images)
+    flat_prompts = [prompt for prompt in prompts for _ in range(frames)]
+    if differentiable is not None and images.is_floating_point():
+        scores = differentiable(flat.float(), flat_prompts)
+    else:
+        with torch.no_grad():
+            scores = exact(to_pictures(flat), flat_prompts)
+    return scores.float().to(images.device).view(-1, frames).mean(1)
+
+
+def check_images(images: Images) -> None:
+    """
+    Raises:
+        ValueError: not a non-empty sequence of PIL pictures, nor pixels [B, 3, H, W] or [B, F, 3, H, W], uint8 or
+            float in [0, 1].
+    """
+    if isinstance(images, Tensor):
+        _check_pixels(images)
+        return
+    if isinstance(images, Image.Image) or not isinstance(images, Sequence):
+        raise ValueError(
+            f"expected a tensor or a list of PIL pictures, got {type(images).__name__}; wrap one in a list"
+        )
+    others = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
+    if others:
+        raise ValueError(f"expected a list of PIL pictures, got {others[0]} in it; stack tensors with torch.stack")
+    if not images:
+        raise ValueError("expected at least one picture, got none")
+
+
+def check_prompts(prompts: Sequence[str], count: int) -> None:
+    """
+    Raises:
+        ValueError: not `count` strings.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"expected a list of {count} prompts, got one string; write [prompt]")
+    if len(prompts) != count:
+        raise ValueError(f"expected one prompt per picture, got {len(prompts)} prompts for {count} pictures")
+    others = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if others:
+        raise ValueError(f"expected prompts that are strings, got {type(others[0]).__name__}: {others[0]!r}")
+
+
+def flatten_frames(images: Tensor) -> tuple[Tensor, int]:
+    """([B * F, 3, H, W], F) of clips [B, F, 3, H, W]; pictures [B, 3, H, W] have one frame."""
+    if images.ndim == 4:
+        return images, 1
+    return images.flatten(0, 1), images.shape[1]
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    shape = list(pixels.shape)
+    if pixels.ndim not in (4, 5) or shape[-3] != 3 or 0 in shape:
+        raise ValueError(f"expected pixels [B, 3, H, W] or [B, F, 3, H, W], got {shape}")
+    if pixels.dtype == torch.uint8:
+        return
+    if not pixels.is_floating_point():
+        raise ValueError(f"expected uint8 pixels in 0..255 or float pixels in [0, 1], got {pixels.dtype}")
+    low, high = pixels.detach().amin().item(), pixels.detach().amax().item()
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN fails as well
+        raise ValueError(
+            f"expected float pixels in [0, 1], got values from {low:.4g} to {high:.4g}; "
+            f"map [-1, 1] with x / 2 + 0.5, then clamp(0, 1)"
+        )
+
+
+class Weighted:
+    """A weighted sum of rewards, itself a reward. `terms` keeps what each gave in the latest call, unweighted.
+
+    A weight of 0 is allowed: that reward is only logged, without gradient, as a held-out reward should be.
+
+    Args:
+        rewards: name for the log -> (reward, weight).
+
+    Raises:
+        ValueError: no reward, or a weight that is not a finite number.
+    """
+
+    name = "weighted"
+
+    def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
+        if not rewards:
+            raise ValueError("expected at least one reward, got none")
+        self.rewards = {name: reward for name, (reward, _) in rewards.items()}
+        self.weights = {name: _finite(name, weight) for name, (_, weight) in rewards.items()}
+        self.terms: dict[str, Tensor] = {}
+        optimized = [reward for name, reward in self.rewards.items() if self.weights[name]]
+        self.differentiable = bool(optimized) and all(reward.differentiable for reward in optimized)
+        self.range = self._range()
+        self.licence = "; ".join(dict.fromkeys(reward.licence for reward in self.rewards.values()))
+        self.source = "; ".join(dict.fromkeys(reward.source for reward in self.rewards.values()))
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """sum_k w_k r_k, [B]; see `Reward.__call__`."""
+        scores = {name: self._score(name, images, prompts) for name in self.rewards}
+        self.terms = {name: score.detach() for name, score in scores.items()}
+        return torch.stack([self.weights[name] * score for name, score in scores.items()]).sum(0)
+
+    def _score(self, name: str, images: Images, prompts: Sequence[str]) -> Tensor:
+        if self.weights[name]:
+            return self.rewards[name](images, prompts)
+        with torch.no_grad():
+            return self.rewards[name](images, prompts)
+
+    def _range(self) -> tuple[float, float]:
+        bounds = [
+            sorted(self.weights[name] * bound for bound in reward.range)
+            for name, reward in self.rewards.items()
+            if self.weights[name]  # 0 times infinity is not a number
+        ]
+        return sum(low for low, _ in bounds), sum(high for _, high in bounds)
+
+
+def _finite(name: str, weight: float) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not -float("inf") < weight < float("inf"):
+        raise ValueError(f"rewards.{name}: expected a finite number as weight, got {weight!r}")
+    return float(weight)

@@ -1,0 +1,229 @@
+"""Loads CLIP checkpoints, from transformers or from open_clip, behind one face: features of pictures and of prompts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Recipe, hf_recipe, openai_recipe, square_recipe
+
+OPEN_CLIP = "open_clip:"
+SHIPPED = ("tiny-clip",)  # folders of diffalign.assets
+BICUBIC = 3  # PIL's number for it, as preprocessor_config.json writes it
+OPEN_CLIP_RECIPES = {"shortest": openai_recipe, "squash": square_recipe}
+
+
+class Tower(Protocol):
+    """Two encoders into one space; frozen, fp32, in eval mode."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How pictures are made ready for `image_features`."""
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """[B, D], not normalized, with gradient, of what `recipe` returned."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """[B, D], not normalized; prompts are cut where the encoder stops reading."""
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which the encoder reads only a part."""
+
+
+def load_tower(model: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Tower:
+    """A CLIP checkpoint by name.
+
+    Args:
+        model: a folder or hub id of a transformers CLIPModel, "tiny-clip", or "open_clip:ARCHITECTURE/TAG".
+        weights: a local copy instead: the checkpoint's folder, or for open_clip its file.
+
+    Raises:
+        ValueError: not to be had, or not a CLIP; the message says what to do.
+    """
+    if weights is not None and not Path(weights).exists():
+        raise ValueError(f"weights of {model}: expected a local file or folder, found nothing at {weights}")
+    if model.startswith(OPEN_CLIP):
+        return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device)
+    return _load_transformers(model, str(weights or _locate(model)), device)
+
+
+@dataclass(frozen=True)
+class TransformersTower:
+    """A stock CLIPModel with its tokenizer."""
+
+    model: Any  # transformers' annotations do not survive strict checking: config.text_config may be a dict there
+    tokenizer: Any
+    recipe: Recipe
+
+    def image_features(self, x: Tensor) -> Tensor:
+        return _projected(self.model.get_image_features(pixel_values=x.to(self.model.device)))
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self._context, return_tensors="pt"
+        ).to(self.model.device)
+        return _projected(
+            self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        )
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
+        ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self._context]
+
+    @property
+    def _context(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class OpenCLIPTower:
+    """An open_clip model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+
+    def image_features(self, x: Tensor) -> Tensor:
+        features: Tensor = self.model.encode_image(x.to(self._device))
+        return features
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(list(prompts), context_length=self._context)
+        features: Tensor = self.model.encode_text(ids.to(self._device))
+        return features
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        # one column more than the encoder reads: only a prompt that is too long has anything but padding in it
+        ids = self.tokenizer([*prompts, ""], context_length=self._context + 1)[:, -1]
+        return [prompt for prompt, last in zip(prompts, ids[:-1] != ids[-1], strict=True) if last]
+
+    @property
+    def _context(self) -> int:
+        return int(self.model.context_length)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.model.logit_scale.device)
+
+
+def _projected(output: Any) -> Tensor:
+    """transformers 5 returns an object whose pooler_output is the projected feature; 4 returned the feature itself."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _locate(model: str) -> str:
+    if model in SHIPPED and not Path(model).exists():
+        return str(Path(__file__).resolve().parent.parent / "assets" / model)
+    return model
+
+
+def _load_transformers(model: str, folder: str, device: torch.device | str) -> TransformersTower:
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "clip":
+            raise ValueError(f"its model_type is {kind}, not clip")
+        # the dtype is explicit: transformers 5 would load an fp16 file as an fp16 model, also on a CPU
+        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(_not_to_be_had(model, folder, error)) from error
+    clip, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder}: the checkpoint lacks weights of a CLIPModel: {missing[:3]} ...")
+    recipe = _transformers_recipe(folder, clip.config.vision_config.image_size)
+    return TransformersTower(clip.requires_grad_(False).eval().to(device), tokenizer, recipe)
+
+
+def _not_to_be_had(model: str, folder: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if Path(folder).exists():
+        return (
+            f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
+        )
+    return (
+        f"{model}: neither a folder here nor to be had from the hub ({reason}); with a network, run "
+        f"`hf download {model}` once, or give a local copy: weights=FOLDER, on the command line --weights clip=FOLDER"
+    )
+
+
+def _transformers_recipe(folder: str, image_size: int) -> Recipe:
+    """The checkpoint's own picture settings; one that is only a model, without a processor, gets CLIP's defaults."""
+    path = Path(folder)
+    names = ("preprocessor_config.json", "processor_config.json")
+    if path.is_dir() and not any((path / name).is_file() for name in names):
+        return hf_recipe(image_size)
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    short, crop = _side(settings, "size", "shortest_edge"), _side(settings, "crop_size", "height")
+    if short != crop or crop != image_size or settings.get("resample", BICUBIC) != BICUBIC:
+        raise ValueError(
+            f"{folder}: expected pictures made by a bicubic resize to a short side of {image_size} and a crop of the "
+            f"same, got {settings}; use a reward of your own for another recipe"
+        )
+    return hf_recipe(crop, tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD)))
+
+
+def _side(settings: dict[str, Any], key: str, side: str) -> int | None:
+    """`key` is a number in old files and a dict in new ones."""
+    value = settings.get(key)
+    return value.get(side) if isinstance(value, dict) else value
+
+
+def _load_open_clip(name: str, weights: str | Path | None, device: torch.device | str) -> OpenCLIPTower:
+    architecture, _, tag = name.partition("/")
+    _check_open_clip_names(architecture, tag, weights)
+    # tags trained with QuickGELU say so here; open_clip only warns when the architecture's name does not ask for it
+    quick_gelu = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu")) if tag else False
+    try:
+        model = open_clip.create_model(
+            architecture, str(weights) if weights else tag, force_quick_gelu=quick_gelu, device=device
+        )
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(_open_clip_failed(name, weights, error)) from error
+    tokenizer = open_clip.get_tokenizer(architecture)
+    return OpenCLIPTower(model.requires_grad_(False).eval(), tokenizer, _open_clip_recipe(model))
+
+
+def _open_clip_failed(name: str, weights: str | Path | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if weights:
+        return f"{weights}: expected an open_clip checkpoint of {name}, could not read it: {reason}"
+    repo = open_clip.get_pretrained_cfg(*name.split("/")).get("hf_hub", "").strip("/")
+    return (
+        f"{OPEN_CLIP}{name}: not to be had from the hub ({reason}); with a network, run `hf download {repo}` once, "
+        f"or give a local copy: weights=FILE, on the command line --weights clip=FILE"
+    )
+
+
+def _check_open_clip_names(architecture: str, tag: str, weights: str | Path | None) -> None:
+    _check_known("architecture", architecture, open_clip.list_models())
+    if tag or not weights:
+        _check_known(f"tag of {architecture}", tag, open_clip.list_pretrained_tags_by_model(architecture))
+
+
+def _check_known(what: str, name: str, known: list[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    raise ValueError(f"open_clip:ARCHITECTURE/TAG: unknown {what} {name!r}; nearest: {', '.join(near or known[:10])}")
+
+
+def _open_clip_recipe(model: Any) -> Recipe:
+    settings = open_clip.get_model_preprocess_cfg(model)
+    height, width = settings["size"] if isinstance(settings["size"], tuple | list) else (settings["size"],) * 2
+    known = settings["resize_mode"] in OPEN_CLIP_RECIPES and settings["interpolation"] == "bicubic"
+    if height != width or not known:
+        raise ValueError(f"expected a model that reads square, bicubic pictures, got {settings}")
+    return OPEN_CLIP_RECIPES[settings["resize_mode"]](height, tuple(settings["mean"]), tuple(settings["std"]))
