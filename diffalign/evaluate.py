@@ -1,0 +1,276 @@
+"""A model against the same model with a LoRA, on the same prompts and seeds; and scores of pictures that exist.
+
+Scores are of the 8-bit pictures that are saved, by each reward's exact recipe, never of training's floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffalign.generate import generate
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.lora import adapters_disabled, load_lora
+from diffalign.prompts import Prompt
+from diffalign.rewards.base import Reward, Weighted
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
+
+ADAPTER = "evaluated"
+REPORT = "evaluation.json"
+SUM = "weighted"  # the row of a weighted sum beside its terms
+
+Scores = dict[str, list[float]]  # reward -> one score per picture
+Matrix = NDArray[np.float64]  # [prompts, seeds]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One picture to be made: a prompt with a seed."""
+
+    prompt: Prompt
+    seed: int
+
+
+def evaluate(
+    pipe: LatentPipeline,
+    prompts: Sequence[Prompt | str],
+    rewards: Reward,
+    *,
+    lora: str | Path | None = None,
+    seeds_per_prompt: int = 1,
+    steps: int = 20,
+    guidance_scale: float = 7.5,
+    batch_size: int = 16,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores a model without adapters, and with `lora` also the model with that, on the same prompts and seeds.
+
+    The report has `rewards` (name -> base, aligned, gain, win_rate, each with its 95 % interval beside it as *_ci95)
+    and the same per category in `per_category`. Intervals are over prompts: the seeds of one prompt are averaged
+    first. An interval of a single prompt is [None, None].
+
+    Args:
+        prompts: with a category, where the report is to have one.
+        rewards: one reward, or a `Weighted`, of which every term and the sum are reported.
+        lora: file or folder of a LoRA; without it only the base is scored. It is taken off again at the end.
+        seed: draw s of prompt i has the seed `seed + i * seeds_per_prompt + s`.
+        out: folder for evaluation.json and the pictures (base/00000.png, aligned/00000.png, in the order of the draws),
+            written in one piece at the end; it must be new or empty.
+        progress: told of finished draws.
+
+    Raises:
+        ValueError: no prompt, a count below 1, a folder that holds something, or a LoRA or prompt that does not fit.
+    """
+    draws = _draws(prompts, seeds_per_prompt, seed)
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+    scores: dict[str, Scores] = defaultdict(lambda: defaultdict(list))
+    with _new_folder(out) as folder, _attached(pipe, lora):
+        for start in range(0, len(draws), batch_size):
+            some = draws[start : start + batch_size]
+            for side, off in _sides(pipe, lora):
+                with off:
+                    pictures = _pictures(pipe, some, steps, guidance_scale)
+                _save_pictures(pictures, folder, side, start)
+                _extend(scores[side], _score(rewards, pictures, [draw.prompt.text for draw in some]))
+            if progress:
+                progress(len(some))
+        settings = {
+            "model": str(pipe.name),
+            "lora": None if lora is None else str(lora),
+            "prompts": len(prompts),
+            "seeds_per_prompt": seeds_per_prompt,
+            "draws": len(draws),
+            "seed": seed,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        }
+        report = settings | _summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
+        if folder:
+            (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return report
+
+
+def score_images(
+    rewards: Reward,
+    images: Sequence[Image.Image | str | Path],
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores of pictures, given as PIL or as files: reward -> one score per picture; every term of a `Weighted`.
+
+    Raises:
+        ValueError: counts that differ, no picture, or a file that is not a whole picture (named).
+    """
+    if len(images) != len(prompts) or not images:
+        raise ValueError(f"expected at least one picture and one prompt each, got {len(images)} and {len(prompts)}")
+    scores: Scores = defaultdict(list)
+    for start in range(0, len(images), batch_size):
+        pictures = [_opened(image) for image in images[start : start + batch_size]]
+        _extend(scores, _score(rewards, pictures, prompts[start : start + batch_size]))
+        if progress:
+            progress(len(pictures))
+    return dict(scores)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """The picture of a file, read to its end; of an animation the first frame.
+
+    Raises:
+        ValueError: missing, truncated or not a picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's broken PNG
+        raise ValueError(f"{path}: expected a whole picture, could not read it: {error}") from error
+
+
+def _draws(prompts: Sequence[Prompt | str], seeds_per_prompt: int, seed: int) -> list[Draw]:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}; read a file with read_prompts")
+    if seeds_per_prompt < 1 or seed < 0:
+        raise ValueError(f"expected at least one seed per prompt, from 0 on, got {seeds_per_prompt} from {seed} on")
+    rows = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+    repeated = [row for row in rows for _ in range(seeds_per_prompt)]
+    return [Draw(row, seed + number) for number, row in enumerate(repeated)]
+
+
+@contextlib.contextmanager
+def _attached(pipe: LatentPipeline, lora: str | Path | None) -> Iterator[None]:
+    if lora is None:
+        yield
+        return
+    load_lora(pipe, lora, adapter=ADAPTER)
+    try:
+        yield
+    finally:
+        network: Any = pipe.network
+        network.delete_adapters(ADAPTER)
+
+
+def _sides(pipe: LatentPipeline, lora: str | Path | None) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
+    if lora is None:
+        return [("base", contextlib.nullcontext())]
+    return [("base", adapters_disabled(pipe)), ("aligned", contextlib.nullcontext())]
+
+
+def _pictures(pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float) -> list[Image.Image]:
+    pixels = generate(
+        pipe,
+        [draw.prompt.text for draw in draws],
+        seeds=[draw.seed for draw in draws],
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=len(draws),
+    )
+    return to_pictures(pixels)
+
+
+def _score(rewards: Reward, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
+    total = rewards(pictures, prompts).tolist()
+    if not isinstance(rewards, Weighted):
+        return {rewards.name: total}
+    terms = {name: term.tolist() for name, term in rewards.terms.items()}
+    return terms if len(terms) == 1 else terms | {SUM: total}
+
+
+def _extend(scores: Scores, more: Scores) -> None:
+    for name, values in more.items():
+        scores[name] += values
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    return image if isinstance(image, Image.Image) else open_picture(image)
+
+
+def _summary(sides: Mapping[str, Scores], prompts: Sequence[Prompt], seeds: int, seed: int) -> dict[str, Any]:
+    """`rewards` over all prompts and, where prompts have one, `per_category`."""
+    of_prompt = np.array([prompt.category for prompt in prompts[::seeds]], dtype=object)
+    matrices = {
+        side: {name: np.array(values).reshape(-1, seeds) for name, values in scores.items()}
+        for side, scores in sides.items()
+    }
+    categories = sorted({category for category in of_prompt if category is not None})
+    summary: dict[str, Any] = {"rewards": _rows(matrices, np.full(len(of_prompt), True), seed)}
+    summary["per_category"] = {
+        category: {"prompts": int((chosen := of_prompt == category).sum()), "rewards": _rows(matrices, chosen, seed)}
+        for category in categories
+    }
+    return summary
+
+
+def _rows(sides: Mapping[str, Mapping[str, Matrix]], chosen: NDArray[np.bool_], seed: int) -> dict[str, dict[str, Any]]:
+    aligned = sides.get("aligned")
+    return {
+        name: _row(base[chosen], None if aligned is None else aligned[name][chosen], seed)
+        for name, base in sides["base"].items()
+    }
+
+
+def _row(base: Matrix, aligned: Matrix | None, seed: int) -> dict[str, Any]:
+    """Numbers of one reward. Every interval has a generator of its own, so none depends on which others are asked."""
+    intervals = {"base": _mean(base, seed)}
+    if aligned is not None:
+        rng = np.random.default_rng
+        won = wins(base.ravel(), aligned.ravel()).reshape(base.shape)
+        intervals["aligned"] = _mean(aligned, seed)
+        intervals["gain"] = mean_gain(base.mean(1), aligned.mean(1), rng(seed))
+        intervals["win_rate"] = bootstrap_mean(won.mean(1), rng(seed))
+    row: dict[str, Any] = {}
+    for name, interval in intervals.items():
+        row[name] = interval.estimate
+        row[f"{name}_ci95"] = [None if math.isnan(bound) else bound for bound in (interval.low, interval.high)]
+    return row
+
+
+def _mean(scores: Matrix, seed: int) -> Interval:
+    """Over prompts; of passes and failures with one seed each, Wilson's interval."""
+    if scores.shape[1] == 1 and np.isin(scores, (0, 1)).all():
+        return pass_rate(scores[:, 0])
+    return bootstrap_mean(scores.mean(1), np.random.default_rng(seed))
+
+
+@contextlib.contextmanager
+def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
+    """A temporary folder beside `out` that takes its name if the block succeeds and is gone if it does not."""
+    if out is None:
+        yield None
+        return
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, start: int) -> None:
+    if folder is None:
+        return
+    (folder / side).mkdir(exist_ok=True)
+    for number, picture in enumerate(pictures, start=start):
+        picture.save(folder / side / f"{number:05d}.png")
