@@ -61,7 +61,7 @@ def evaluate(
     """Scores a model without adapters, and with `lora` also the model with that, on the same prompts and seeds.
 
     The report has `rewards` (name -> base, aligned, gain, win_rate, each with its 95 % interval beside it as *_ci95)
-    and the same per category in `per_category`. Intervals are over prompts: the seeds of one prompt are averaged
+    and the same per category in `per_category`. Intervals are over rows of `prompts`: the seeds of one are averaged
     first. An interval of a single prompt is [None, None].
 
     Args:

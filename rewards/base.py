@@ -6,7 +6,8 @@ Float tensors are scored by the differentiable recipe: the number whose gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -74,7 +75,7 @@ def dispatch(
     check_images(images)
     check_prompts(prompts, len(images))
     if not isinstance(images, Tensor):
-        with torch.no_grad():
+        with full_precision(), torch.no_grad():
             return exact(images, prompts).float().cpu()
     if differentiable is None and images.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -83,11 +84,19 @@ def dispatch(
     flat, frames = flatten_frames(images)
     flat_prompts = [prompt for prompt in prompts for _ in range(frames)]
     if differentiable is not None and images.is_floating_point():
-        scores = differentiable(flat.float(), flat_prompts)
+        with full_precision():
+            scores = differentiable(flat.float(), flat_prompts)
     else:
-        with torch.no_grad():
+        with full_precision(), torch.no_grad():
             scores = exact(to_pictures(flat), flat_prompts)
     return scores.float().to(images.device).view(-1, frames).mean(1)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast inside: a training loop in bf16 would move scores by more than what they are to tell apart."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def check_images(images: Images) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Images, check_images, check_prompts, dispatch, flatten_frames
+from diffalign.rewards.base import Images, check_images, check_prompts, dispatch, flatten_frames, full_precision
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.rewards.towers import load_tower
 
@@ -82,7 +82,8 @@ class CLIPScore:
         distinct = tuple(dict.fromkeys(prompts))
         if distinct != self._known[0]:
             self._say_once(self.tower.too_long(distinct))
-            self._known = (distinct, F.normalize(self.tower.text_features(distinct), dim=-1))
+            with full_precision():
+                self._known = (distinct, F.normalize(self.tower.text_features(distinct), dim=-1))
         index = {prompt: row for row, prompt in enumerate(distinct)}
         return self._known[1][[index[prompt] for prompt in prompts]]
 
@@ -97,10 +98,14 @@ class CLIPScore:
 
     @torch.no_grad()
     def _embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return F.normalize(self.tower.image_features(self.tower.recipe.pictures(pictures)), dim=-1)
+        return self._embed(self.tower.recipe.pictures(pictures))
 
     def _embed_pixels(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.tower.image_features(self.tower.recipe.pixels(pixels)), dim=-1)
+        return self._embed(self.tower.recipe.pixels(pixels))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        with full_precision():
+            return F.normalize(self.tower.image_features(x), dim=-1)
 
     def _say_once(self, too_long: Sequence[str]) -> None:
         if too_long and not self._told:

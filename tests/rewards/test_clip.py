@@ -74,6 +74,15 @@ def test_the_gradient_is_that_of_the_score(reward, photographs, pixels_of):
     assert not any(parameter.requires_grad for parameter in reward.tower.model.parameters())
 
 
+def test_autocast_of_a_training_loop_does_not_reach_the_score(clip_folder, reward, photographs, pixels_of):
+    pixels = pixels_of(photographs[0]) / 255
+    fresh = CLIPScore(str(clip_folder))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = [fresh(photographs[:1], ["a cat"]), fresh(pixels, ["a cat"])]
+        assert fresh.text_features(["tea"]).dtype == fresh.image_features(pixels).dtype == torch.float32
+    assert scores == [reward(photographs[:1], ["a cat"]), reward(pixels, ["a cat"])]
+
+
 def test_clips_average_their_frames(reward, photographs, pixels_of):
     frames = torch.cat([pixels_of(p.resize((40, 40))) for p in photographs[:4]]) / 255
     clip = frames.view(2, 2, 3, 40, 40)
