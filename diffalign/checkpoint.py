@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: written to a temporary folder, sealed by a manifest, renamed.
 
-    checkpoint-200/
-        manifest.json        written last: step, counters, and the size of every file
-        trainable.safetensors, optimizer.pt, ema.safetensors (if averaged weights are kept)
-        pytorch_lora_weights.safetensors (for a LoRA: what diffusers reads)
+checkpoint-200/
+    manifest.json        written last: step, counters, and the size of every file
+    trainable.safetensors, optimizer.pt, ema.safetensors (if averaged weights are kept)
+    pytorch_lora_weights.safetensors (for a LoRA: what diffusers reads)
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def save_checkpoint(
         if extra:
             extra(partial)
         files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "counters": dict(counters), "files": files}, indent=1))
+        (partial / MANIFEST).write_text(
+            json.dumps({"step": step, "counters": dict(counters), "files": files}, indent=1)
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except OSError as error:

@@ -260,7 +260,9 @@ def _lora(value: Any) -> LoraConfig:
             raise unknown("key of lora", str(key), hints)
     lora = LoraConfig(**{key: coerce(item, hints[key], f"lora.{key}") for key, item in value.items()})
     if lora.rank < 1 or not 0 <= lora.dropout < 1:
-        raise ValueError(f"lora: expected a rank of at least 1 and a dropout in [0, 1), got {lora.rank}, {lora.dropout}")
+        raise ValueError(
+            f"lora: expected a rank of at least 1 and a dropout in [0, 1), got {lora.rank}, {lora.dropout}"
+        )
     return lora
 
 

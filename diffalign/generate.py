@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.sampling import ddim_stepper, draw, guided, sample
+from diffalign.sampling import Condition, ddim_stepper, draw, guided, sample
 
 
 @torch.no_grad()
@@ -39,19 +39,21 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         some, some_seeds = prompts[start : start + batch_size], seeds[start : start + batch_size]
         noise = draw(shape, [torch.Generator().manual_seed(seed) for seed in some_seeds])
-        latents = sample_latents(pipe, some, noise, times, guidance_scale)
+        condition, negative = pipe.encode_prompts(some), pipe.encode_prompts([""] * len(some))
+        latents = sample_latents(pipe, condition, negative, noise, times, guidance_scale)
         parts.append(pipe.decode(latents).clamp(0, 1).cpu())
         if progress:
             progress(len(some))
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def sample_latents(
-    pipe: LatentPipeline, prompts: Sequence[str], noise: Tensor, times: Tensor, guidance_scale: float
+    pipe: LatentPipeline, condition: Condition, negative: Condition, noise: Tensor, times: Tensor, guidance_scale: float
 ) -> Tensor:
     """Latents [B, C, h, w] from starting noise of the same shape, by guided DDIM along `times`."""
     device = next(pipe.network.parameters()).device
-    condition = pipe.encode_prompts(prompts)
-    policy = guided(pipe.predict, pipe.encode_prompts([""] * len(prompts)), guidance_scale)
-    step = ddim_stepper(policy, pipe.process, pipe.parametrization, condition)
+    here, away = ({name: value.to(device) for name, value in c.items()} for c in (condition, negative))
+    policy = guided(pipe.predict, away, guidance_scale)
+    step = ddim_stepper(policy, pipe.process, pipe.parametrization, here)
     return sample(step, noise.to(device), times.to(device)).x

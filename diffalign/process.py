@@ -163,4 +163,3 @@ def time_weight(name: str, kind: str, alpha: Tensor, sigma: Tensor) -> Tensor:
     if name not in weights:
         raise ValueError(f"expected a timestep weight of {', '.join(weights)}, got {name!r}")
     return weights[name]()
-

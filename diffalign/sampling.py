@@ -63,9 +63,7 @@ def predicted_endpoints(
     return endpoints(kind, policy(x_t, t, condition), x_t, *process.coefficients(t))
 
 
-def ddim_stepper(
-    policy: Policy, process: NoiseProcess, kind: str, condition: Condition, eta: float = 0.0
-) -> Stepper:
+def ddim_stepper(policy: Policy, process: NoiseProcess, kind: str, condition: Condition, eta: float = 0.0) -> Stepper:
     """DDIM in either direction; `kind` is the parametrization's name. eta = 0 on a rectified flow is Euler."""
 
     def step(x_t: Tensor, t: Tensor, s: Tensor) -> Gaussian:

@@ -6,6 +6,7 @@ would have done, bit for bit on a CPU; no generator state is saved.
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import time
@@ -18,15 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
-from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
+from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
-from diffalign.setup import Prepared, prepare_run
+from diffalign.startup import Prepared, adamw, prepare_run, save_result
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile
 
 log = logging.getLogger("diffalign")
@@ -59,15 +59,18 @@ class Trainer:
     def __init__(self, prepared: Prepared) -> None:
         self.config: RunConfig = prepared.config
         self.method: Method = prepared.method
+        self.draw_samples = prepared.draw_samples
         self.pipe: LatentPipeline = prepared.pipe
         self.data = prepared.data
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
         self.reference = prepared.make_reference(self.pipe)
         self.parameters = prepared.parameters
-        self.optimizer = self.accelerator.prepare_optimizer(_adamw(self.parameters, self.config))
-        # DDP hooks live in the wrapper, so the policy must call it; the reference needs no gradient and calls the module
-        self.policy = _with_network(self.pipe, self.accelerator.prepare_model(self.pipe.network))
+        self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
+        # DDP's hooks live in the wrapper, so the policy calls that; the reference needs no gradient and calls the module
+        wrapped = copy.copy(self.pipe)
+        wrapped.network = self.accelerator.prepare_model(self.pipe.network)
+        self.wrapper, self.policy = wrapped.network, wrapped.predict
         self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
         self.step, self.nonfinite, self.nonfinite_total = 0, 0, 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
@@ -101,7 +104,7 @@ class Trainer:
         finite = True
         for micro in range(config.gradient_accumulation_steps):
             last = micro + 1 == config.gradient_accumulation_steps
-            with nullcontext() if last else self.accelerator.no_sync(self.policy_module):
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapper):
                 finite &= self._backward(micro)
         self.step += 1
         if not self._all_ranks(finite):
@@ -146,9 +149,9 @@ class Trainer:
 
     def _batch(self, micro: int, generator: torch.Generator) -> PairBatch:
         config, accelerator = self.config, self.accelerator
-        size, ranks = config.train_batch_size, accelerator.num_processes
-        first = ((self.step * config.gradient_accumulation_steps + micro) * ranks + accelerator.process_index) * size
-        return self.data.batch(range(first, first + size), generator, config.prompt_dropout, accelerator.device)
+        number = self.step * config.gradient_accumulation_steps + micro
+        number = number * accelerator.num_processes + accelerator.process_index
+        return self.data.batch(number, generator, config.prompt_dropout, accelerator.device)
 
     def _run(self, policy: Policy, seed: int) -> Run:
         generator = torch.Generator().manual_seed(seed)
@@ -215,16 +218,14 @@ class Trainer:
             return
         with self._averaged(), self.accelerator.autocast(), torch.no_grad():
             averages = Averages()
-            for index, batch in enumerate(self.data.validation_batches(self.accelerator.device)):
+            for index, batch in enumerate(self.data.validation_batches(self.config.validation_seed, self.accelerator.device)):
                 # the module, not its DDP wrapper: the other ranks are not here
                 run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
                 for noised in self.method.prepare(run, batch):
                     loss = self.method.loss(run, noised)
                     averages.add({"loss": loss.value, **loss.metrics}, loss.time)
             self._log({f"validation/{name}": value for name, value in averages.pop().items()})
-            if picture := self.data.validation_grid(self.pipe):
-                (self.folder / "samples").mkdir(exist_ok=True)
-                picture.save(self.folder / "samples" / f"step-{self.step:06d}.png")
+            self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png")
 
     def _log(self, values: dict[str, float]) -> None:
         if not values or not self._main:
@@ -254,7 +255,9 @@ class Trainer:
             for name, parameter in self._named():
                 parameter.copy_(trainable[name])
         if self.ema:
-            self.ema = {name: value.to(self.accelerator.device) for name, value in ckpt.load_tensors(folder, "ema").items()}
+            self.ema = {
+                name: value.to(self.accelerator.device) for name, value in ckpt.load_tensors(folder, "ema").items()
+            }
         self.optimizer.load_state_dict(ckpt.load_optimizer(folder))
         counters = manifest["counters"]
         self.step, self.nonfinite = manifest["step"], counters["nonfinite"]

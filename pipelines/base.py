@@ -7,7 +7,7 @@ elsewhere that take a `LatentPipeline`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -50,6 +50,10 @@ class LatentPipeline(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped (gradients flow), of latents [B, C, h, w]."""
+
+    @abstractmethod
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """`decode` as a function that outlives `release`, and keeps the VAE alive for it."""
 
     @abstractmethod
     def times(self, steps: int) -> Tensor:

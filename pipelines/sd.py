@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -70,6 +71,9 @@ class StableDiffusion(LatentPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         return vae_decode(self._encoders().vae, latents)
 
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        return functools.partial(vae_decode, self._encoders().vae)
+
     def times(self, steps: int) -> Tensor:
         return ddim_times(self.scheduler, steps)
 
@@ -83,7 +87,9 @@ class StableDiffusion(LatentPipeline):
         own = self._sample_size * self._factor
         height, width = height or own, width or own
         if height % self._factor or width % self._factor or min(height, width) <= 0:
-            raise ValueError(f"expected a height and width that are multiples of {self._factor}, got {height} x {width}")
+            raise ValueError(
+                f"expected a height and width that are multiples of {self._factor}, got {height} x {width}"
+            )
         return (self.network.config.in_channels, height // self._factor, width // self._factor)
 
     def fingerprint(self, part: str) -> str:

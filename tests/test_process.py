@@ -25,7 +25,9 @@ def test_add_noise_is_stock() -> None:
     x0, eps = normal(5, 4, 8, 8), normal(5, 4, 8, 8, seed=1)
     t = torch.tensor([0, 1, 499, 500, 999])
     process = PROCESSES["vp"]
-    torch.testing.assert_close(process.add_noise(x0, eps, t.float()), stock().add_noise(x0, eps, t), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        process.add_noise(x0, eps, t.float()), stock().add_noise(x0, eps, t), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_velocity_target_is_stock() -> None:

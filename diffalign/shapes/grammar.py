@@ -133,9 +133,7 @@ def scenes(split: str, category: str) -> list[Scene]:
     found = split_combinations(split, category)
     if category != "two":
         return [Scene(things) for things in found]
-    return [
-        Scene(order, relation) for pair in found for order in (pair, pair[::-1]) for relation in RELATIONS
-    ]
+    return [Scene(order, relation) for pair in found for order in (pair, pair[::-1]) for relation in RELATIONS]
 
 
 def sample_scenes(split: str, count: int, seed: int) -> list[Scene]:

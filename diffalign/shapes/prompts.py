@@ -1,6 +1,6 @@
 """Writes assets/prompts/shapes-heldout.jsonl: held-out captions in the fixed mix, with their category.
 
-    python -m diffalign.shapes.prompts --out assets/prompts/shapes-heldout.jsonl
+python -m diffalign.shapes.prompts --out assets/prompts/shapes-heldout.jsonl
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&"
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose vocabulary holds each word of the grammar as one token, and single characters else."""
-    corpus = [str(scene) for split, category in itertools.product(SPLITS, CATEGORIES) for scene in scenes(split, category)]
+    corpus = [
+        str(scene) for split, category in itertools.product(SPLITS, CATEGORIES) for scene in scenes(split, category)
+    ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)

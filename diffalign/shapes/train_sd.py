@@ -188,7 +188,7 @@ def main() -> None:
             trainer.save()
         if done % args.eval_every == 0 or done == args.steps:
             rates = pass_rates(trainer.averaged().to(args.device), sample_scenes("validation", 192, seed=1))
-            print(f"step {done} validation {({k: round(v, 3) for k, v in rates.items()})}", flush=True)
+            print(f"step {done} validation { ({k: round(v, 3) for k, v in rates.items()}) }", flush=True)
 
 
 if __name__ == "__main__":

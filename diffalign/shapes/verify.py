@@ -23,7 +23,9 @@ from diffalign.shapes.render import PALETTE, draw_shape
 WORKING_SIZE = 64  # pixels; larger pictures are reduced to it, smaller ones enlarged
 MIN_AREA = 24  # pixels of a 64-pixel picture below which a region is a speck
 MAX_SPECKS = 40  # pixels of all specks together that are still overlooked
-MIN_OVERLAP = 0.68  # intersection over union with the best outline: what JPEG 90 (chroma at half size) leaves of a cross
+MIN_OVERLAP = (
+    0.68  # intersection over union with the best outline: what JPEG 90 (chroma at half size) leaves of a cross
+)
 MAX_ASPECT = 1.35
 
 Mask = NDArray[np.bool_]

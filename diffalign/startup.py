@@ -1,0 +1,221 @@
+"""From a config to everything a training run needs: checked, cached, attached; refusals come before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from diffalign import checkpoint as ckpt
+from diffalign.batches import Batches
+from diffalign.cache import Cache
+from diffalign.config import RunConfig, as_dict, dump, load_config
+from diffalign.data.pairs import Pairs, load_pairs
+from diffalign.generate import sample_latents
+from diffalign.methods import METHODS
+from diffalign.methods.base import Method, Need
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.reference import REFERENCES, MakeReference
+from diffalign.sampling import draw
+from diffalign.table import build, resolve
+from diffalign.tracking import grid
+
+log = logging.getLogger("diffalign")
+
+RESUMED_CONFIG = "config.yaml"
+# what may differ between a run and its continuation; everything else would make it another run
+FREE_ON_RESUME = {
+    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts",
+}  # fmt: skip
+SERVED = {Need.PAIRS, Need.REFERENCE}  # what this trainer can give a method
+
+DrawSamples = Callable[[LatentPipeline, Path], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for its first (or next) step."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    method: Method
+    pipe: LatentPipeline
+    parameters: list[torch.nn.Parameter]
+    make_reference: MakeReference
+    data: Batches
+    draw_samples: DrawSamples
+    checkpoint: Path | None
+
+
+def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Prepared:
+    """Everything before the loop.
+
+    Raises:
+        ValueError: whatever is wrong with config, data, model, run folder or their combination.
+    """
+    resolved = load_config(config, overrides)
+    method: Method = build(METHODS, resolved.method, what="method")
+    make_reference: MakeReference = resolve(REFERENCES, resolved.reference_name, "reference")
+    refuse(resolved, method)
+    folder = Path(str(resolved.output_dir))
+    checkpoint = claim_folder(folder, resolved)
+    accelerator = make_accelerator(resolved, folder)
+    pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
+                       random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
+    log.info(pairs.summary())
+    pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
+                         device=accelerator.device, revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+    data = cached(pipe, pairs, resolved, accelerator)
+    draw_samples = sample_drawer(pipe, data.cache, resolved)
+    pipe.release()
+    parameters = make_trainable(pipe, resolved)
+    return Prepared(resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint)
+
+
+def refuse(config: RunConfig, method: Method) -> None:
+    """Combinations that cannot work, named with what would, before anything is loaded."""
+    if unserved := method.needs - SERVED:
+        raise ValueError(f"method {config.method_name!r} needs {', '.join(sorted(n.value for n in unserved))}, "
+                         f"which this trainer does not give yet")  # fmt: skip
+    if Need.PAIRS in method.needs and "name" not in config.data:
+        raise ValueError(f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}")
+    if Need.REFERENCE in method.needs and config.reference_name == "none":
+        raise ValueError(f"method {config.method_name!r} needs a reference: set reference: {{name: adapter_off}}, "
+                         f"or frozen_copy for train: full")  # fmt: skip
+    if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
+        raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
+    if config.train == "full" and config.init_lora:
+        raise ValueError("init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out")
+
+
+def claim_folder(folder: Path, config: RunConfig) -> Path | None:
+    """Makes the run's folder and writes its config there; returns the checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: the folder holds another run, or the run that is continued had another config.
+    """
+    stored = folder / RESUMED_CONFIG
+    checkpoint = ckpt.find_checkpoint(folder, config.resume_from_checkpoint)
+    if stored.is_file():
+        if config.resume_from_checkpoint is None:
+            raise ValueError(f"{folder} already holds a run: go on with it by resume_from_checkpoint=latest, "
+                             f"or choose another output_dir")  # fmt: skip
+        _same_run(yaml.safe_load(stored.read_text()), as_dict(config), folder)
+    elif config.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError(f"{folder} holds no run to go on with ({RESUMED_CONFIG} is missing)")
+    folder.mkdir(parents=True, exist_ok=True)
+    dump(config, stored)
+    return checkpoint
+
+
+def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    different = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
+    if different:
+        key = different[0]
+        raise ValueError(f"{folder} holds a run with another {', '.join(different)} ({key}: {old.get(key)!r} there, "
+                         f"{new[key]!r} now): a resumed run keeps its config; choose another output_dir")  # fmt: skip
+
+
+def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
+    """Devices, ranks, mixed precision and trackers."""
+    accelerator = Accelerator(
+        cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+    )
+    accelerator.init_trackers("diffalign")
+    return accelerator
+
+
+def weight_dtype(config: RunConfig) -> torch.dtype:
+    """Of the frozen weights: 16 bit with mixed precision, fp32 when the whole network is trained."""
+    if config.train == "full":
+        return torch.float32
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+
+
+def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: Accelerator) -> Batches:
+    """Fills the cache on one rank while the others wait, then opens it on all."""
+    everything = [*pairs.train, *pairs.validation]
+    prompts = ["", *config.validation_prompts]
+
+    def progress(what: str, done: int, total: int) -> None:
+        log.info("cache: %s %d of %d", what, done, total)
+
+    with accelerator.main_process_first():
+        cache = Cache(Path(config.cache_dir), pipe)
+        if accelerator.is_main_process:
+            cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
+    return Batches(cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed)
+
+
+def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig) -> DrawSamples:
+    """A function that draws the validation prompts from fixed noise and saves them as one grid.
+
+    Its own shallow copy keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
+    """
+    prompts = config.validation_prompts
+    if not prompts:
+        return lambda trained, path: None
+    decoder = pipe.decoder()
+    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))])
+    times = pipe.times(config.num_inference_steps)
+    condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
+
+    def draw_samples(trained: LatentPipeline, path: Path) -> None:
+        latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
+        path.parent.mkdir(exist_ok=True)
+        grid(decoder(latents).cpu(), columns=min(8, len(prompts))).save(path)
+
+    return draw_samples
+
+
+def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:
+    """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32."""
+    if config.gradient_checkpointing:
+        pipe.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    if config.train == "full":
+        pipe.network.requires_grad_(True)
+        return trainable_in_fp32(pipe)
+    if config.init_lora:
+        load_lora(pipe, config.init_lora, trainable=True)
+        return trainable_in_fp32(pipe)
+    if config.lora.dropout:
+        pipe.network.train()
+    lora = config.lora
+    return attach_lora(pipe, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=config.seed)
+
+
+def adamw(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
+    """AdamW with the config's betas, decay and epsilon."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+
+
+def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path) -> None:
+    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model."""
+    if config.train == "lora":
+        save_lora(pipe, folder)
+        return
+    whole = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
+    whole.network.load_state_dict(pipe.network.state_dict())
+    whole.save_pretrained(str(folder / "model"))
+
