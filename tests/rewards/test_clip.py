@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import shutil
 
@@ -13,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from diffalign.rewards import load_reward
 from diffalign.rewards.clip import CLIPScore
-from diffalign.rewards.preprocess import openai_recipe
+from diffalign.rewards.preprocess import openai_recipe, square_recipe
 from diffalign.rewards.towers import OpenCLIPTower
 
 
@@ -41,6 +43,12 @@ def test_scores_equal_the_stock_model_and_processor(reward, clip_folder, photogr
     expected = stock_logits(clip_folder, photographs, prompts, scale=100).diag()
     assert expected.std() > 5  # else any number would do
     torch.testing.assert_close(reward(photographs, prompts), expected.detach(), atol=1e-4, rtol=0)
+
+
+def test_a_wrong_recipe_would_be_seen(reward, photographs, prompts):
+    wrong = copy.copy(reward)
+    wrong.tower = dataclasses.replace(reward.tower, recipe=square_recipe(32))
+    assert (wrong(photographs, prompts) - reward(photographs, prompts)).abs().max() > 1
 
 
 def test_a_batch_equals_one_by_one_and_order_does_not_matter(reward, photographs, prompts):
