@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from diffalign import checkpoint as ckpt
@@ -130,6 +131,7 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
 
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     """Devices, ranks, mixed precision and trackers."""
+    AcceleratorState._reset_state()  # a process may train several runs, with other precisions; ranks stay as they are
     accelerator = Accelerator(
         cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
         mixed_precision=config.mixed_precision,

@@ -22,8 +22,8 @@ def unknown(what: str, got: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not there: the nearest one, and all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {what} {got!r}{hint} Known: {', '.join(names)}")
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return ValueError(f"unknown {what} {got!r}{hint} known are {', '.join(names) or 'none'}")
 
 
 def resolve(table: Table, name: str, what: str) -> Any:
@@ -57,8 +57,8 @@ def split_section(section: Section, what: str) -> tuple[str, dict[str, Any]]:
     return section["name"], {key: value for key, value in section.items() if key != "name"}
 
 
-def build(table: Table, section: Section, *, what: str, **injected: Any) -> Any:
-    """Calls the row that a section names with the section's keywords, after checking them against its signature.
+def bind(table: Table, section: Section, *, what: str, **injected: Any) -> tuple[Any, dict[str, Any]]:
+    """(row, keywords) of a section, its keywords checked against the row's signature: `build` without the call.
 
     Args:
         injected: keywords that the program gives, passed on only if the signature asks for them.
@@ -80,6 +80,12 @@ def build(table: Table, section: Section, *, what: str, **injected: Any) -> Any:
     missing = [p for p in accepted if parameters[p].default is inspect.Parameter.empty and p not in values]
     if missing:
         raise ValueError(f"{what} {name!r} needs {', '.join(missing)}")
+    return target, values
+
+
+def build(table: Table, section: Section, *, what: str, **injected: Any) -> Any:
+    """Calls the row that a section names with the section's keywords; arguments and errors are those of `bind`."""
+    target, values = bind(table, section, what=what, **injected)
     return target(**values)
 
 
@@ -113,5 +119,5 @@ def _fitting(value: Any, kind: type) -> Any:
             return None
         if kind is float:
             return number
-        return int(number) if number == int(number) else None
+        return int(number) if number.is_integer() else None
     return value if isinstance(value, kind) else None

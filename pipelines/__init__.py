@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from diffalign.assets import asset
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.table import resolve
 
@@ -19,7 +20,7 @@ SHIPPED = ("tiny-sd",)  # folders of diffalign.assets that are models
 def locate(name_or_path: str | Path) -> str:
     """A shipped model's name becomes its folder; anything else stays what it is: a folder or a hub id."""
     if str(name_or_path) in SHIPPED and not Path(name_or_path).exists():
-        return str(Path(__file__).resolve().parent.parent / "assets" / str(name_or_path))
+        return str(asset(str(name_or_path)))
     return str(name_or_path)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffalign.assets import asset
 from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, make_record
 
+SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
 
 
@@ -16,7 +18,7 @@ def read_pickapic(path: str, split: str = "train", max_rows: int | None = None) 
     """Rows of Pick-a-Pic v2 (yuvalkirstain/pickapic_v2) or of data in its columns; label_0 is 1, 0, or 0.5 for a tie.
 
     Args:
-        path: a parquet file, a folder of them, a folder of `datasets.save_to_disk`, or a hub id, which is streamed: the
+        path: "shapes-pairs", the pairs that ship; a parquet file, a folder of them, a folder of `datasets.save_to_disk`, or a hub id, which is streamed: the
             train split is 322 GB.
         split: of a hub id or a saved DatasetDict.
         max_rows: stop after so many rows.
@@ -45,7 +47,7 @@ def _record(row: Mapping[str, Any], source: str) -> Row:
 
 
 def _rows(path: str, split: str) -> Iterator[Mapping[str, Any]]:
-    place = Path(path)
+    place = asset("shapes-pairs.parquet") if path == SHIPPED and not Path(path).exists() else Path(path)
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet")) if place.is_dir() else []
     if files and not (place / "dataset_info.json").exists():
         return _parquet_rows(files)
