@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffalign.generate import generate
 from diffalign.assets import asset
+from diffalign.generate import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt, read_prompts
@@ -79,7 +79,12 @@ def run(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     baseline = _draw(sft, prompts[: budget.sft], judges)
 
     report = summary(prompts, base, aligned, baseline)
-    report |= {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - start, "seed": seed, "quick": quick}
+    report |= {
+        "train_seconds": train_seconds,
+        "total_seconds": time.perf_counter() - start,
+        "seed": seed,
+        "quick": quick,
+    }
     _write_json(report, out / "report.json")
     curves = {name: _metrics(out / name) for name in ("dpo", "sft")}
     examples = [(p, base.pictures[i], aligned.pictures[i], bool(base.passed[i]), bool(aligned.passed[i]))

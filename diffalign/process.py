@@ -37,7 +37,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def training_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """[count] times to train at; `low` and `high` bound them as shares of the noise axis (0 clean, 1 pure noise)."""
+        """[count] times to train at; `low` and `high` bound them as shares of the noise axis (0 clean, 1 noise)."""
 
     @abstractmethod
     def fraction(self, t: Tensor) -> Tensor:

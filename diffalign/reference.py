@@ -1,4 +1,4 @@
-"""Who the policy is compared with: a table of functions from a pipeline to a policy, so no objective can tell them apart.
+"""Who the policy is compared with: functions from a pipeline to a policy, so that no objective can tell them apart.
 
 A reference is made after the adapter is attached and before the first step.
 """
@@ -21,7 +21,7 @@ MakeReference = Callable[[LatentPipeline], Policy | None]
 
 
 def adapter_off(pipe: LatentPipeline) -> Policy:
-    """The same weights with the adapter switched off: no second copy, and exactly the starting point of a fresh LoRA."""
+    """The same weights with the adapter off: no second copy, and exactly the starting point of a fresh LoRA."""
     return without_adapters(pipe)
 
 

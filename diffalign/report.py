@@ -38,7 +38,9 @@ def write_report(path: Path, report: dict[str, Any], examples: Sequence[Example]
         curves: metrics.jsonl of the runs "dpo" and "sft".
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("demo.html.j2").render(
         report=report, groups=_groups(examples), plots=[_plot(curves[run], key, title) for run, key, title in CURVES]

@@ -6,6 +6,7 @@ times. Guidance is a policy around a policy.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def sample(
     if generators is not None and len(generators) != len(x):
         raise ValueError(f"expected one generator per sample ({len(x)}), got {len(generators)}")
     states, log_probs = [x], []
-    for index, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, s) in enumerate(itertools.pairwise(times)):
         with torch.set_grad_enabled(torch.is_grad_enabled() and index in grad_steps):
             now, then = t.expand(len(x)), s.expand(len(x))
             law = _law(step, x, now, then, checkpoint and torch.is_grad_enabled())
@@ -114,7 +115,7 @@ def sample(
 
 
 def draw(shape: Sequence[int], generators: Generators, like: Tensor | None = None) -> Tensor:
-    """Standard normal [len(generators), *shape], each row from its own generator, so rows do not depend on the batch."""
+    """Standard normal [len(generators), *shape], each row from its own generator, so none depends on the batch."""
     rows = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
     noise = torch.stack(rows)
     return noise if like is None else noise.to(like.device, like.dtype)

@@ -1,4 +1,4 @@
-"""From a config to everything a training run needs: checked, cached, attached; refusals come before anything is loaded."""
+"""From a config to everything a run needs: checked, cached, attached. Refusals come before anything is loaded."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     draw_samples = sample_drawer(pipe, data.cache, resolved)
     pipe.release()
     parameters = make_trainable(pipe, resolved)
-    return Prepared(resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint)
+    return Prepared(
+        resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint
+    )
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -91,14 +93,18 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(f"method {config.method_name!r} needs {', '.join(sorted(n.value for n in unserved))}, "
                          f"which this trainer does not give yet")  # fmt: skip
     if Need.PAIRS in method.needs and "name" not in config.data:
-        raise ValueError(f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}")
+        raise ValueError(
+            f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
+        )
     if Need.REFERENCE in method.needs and config.reference_name == "none":
         raise ValueError(f"method {config.method_name!r} needs a reference: set reference: {{name: adapter_off}}, "
                          f"or frozen_copy for train: full")  # fmt: skip
     if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
     if config.train == "full" and config.init_lora:
-        raise ValueError("init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out")
+        raise ValueError(
+            "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
+        )
 
 
 def claim_folder(folder: Path, config: RunConfig) -> Path | None:
@@ -161,19 +167,23 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
         cache = Cache(Path(config.cache_dir), pipe)
         if accelerator.is_main_process:
             cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
-    return Batches(cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed)
+    return Batches(
+        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed
+    )
 
 
 def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig) -> DrawSamples:
     """A function that draws the validation prompts from fixed noise and saves them as one grid.
 
-    Its own shallow copy keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
+    It keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
     """
     prompts = config.validation_prompts
     if not prompts:
         return lambda trained, path: None
     decoder = pipe.decoder()
-    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))])
+    noise = draw(
+        pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))]
+    )
     times = pipe.times(config.num_inference_steps)
     condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
 
@@ -198,7 +208,9 @@ def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Par
     if config.lora.dropout:
         pipe.network.train()
     lora = config.lora
-    return attach_lora(pipe, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=config.seed)
+    return attach_lora(
+        pipe, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, seed=config.seed
+    )
 
 
 def adamw(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.AdamW:
@@ -220,4 +232,3 @@ def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path) -> None:
     whole = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     whole.network.load_state_dict(pipe.network.state_dict())
     whole.save_pretrained(str(folder / "model"))
-

@@ -67,7 +67,7 @@ class Trainer:
         self.reference = prepared.make_reference(self.pipe)
         self.parameters = prepared.parameters
         self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
-        # DDP's hooks live in the wrapper, so the policy calls that; the reference needs no gradient and calls the module
+        # DDP's hooks live in the wrapper, so the policy calls that; the reference needs no gradient: it calls the module
         wrapped = copy.copy(self.pipe)
         wrapped.network = self.accelerator.prepare_model(self.pipe.network)
         self.wrapper, self.policy = wrapped.network, wrapped.predict
@@ -207,8 +207,8 @@ class Trainer:
         if not difference <= allowed:
             raise RuntimeError(
                 f"step-0 identity: policy and reference are the same weights and must agree, but their outputs differ "
-                f"by {difference:.3g} rms (outputs {scale:.3g} rms, allowed {allowed:.3g}). Usual causes: dropout in the "
-                f"policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
+                f"by {difference:.3g} rms (outputs {scale:.3g} rms, allowed {allowed:.3g}). Usual causes: dropout in "
+                f"the policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
             )
         log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
 
@@ -218,7 +218,9 @@ class Trainer:
             return
         with self._averaged(), self.accelerator.autocast(), torch.no_grad():
             averages = Averages()
-            for index, batch in enumerate(self.data.validation_batches(self.config.validation_seed, self.accelerator.device)):
+            for index, batch in enumerate(
+                self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
+            ):
                 # the module, not its DDP wrapper: the other ranks are not here
                 run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
                 for noised in self.method.prepare(run, batch):

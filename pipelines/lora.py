@@ -29,7 +29,7 @@ def attach_lora(
     seed: int = 0,
     adapter: str = "default",
 ) -> list[torch.nn.Parameter]:
-    """Adds a fresh adapter (B = 0, so the network is unchanged) and returns its fp32 parameters, the only trainable ones.
+    """Adds a fresh adapter (B = 0: the network is unchanged) and returns its fp32 parameters, the only trainable ones.
 
     Args:
         alpha: scale is alpha / rank; the rank if not given.
@@ -129,7 +129,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _prefix_keys(file: Path, prefix: str) -> None:
-    """save_lora_adapter writes bare module names; stock pipe.load_lora_weights wants them under the network's prefix."""
+    """save_lora_adapter writes bare module names; stock load_lora_weights wants them under the network's prefix."""
     import json
 
     from safetensors import safe_open
@@ -137,7 +137,7 @@ def _prefix_keys(file: Path, prefix: str) -> None:
 
     with safe_open(file, "pt") as stored:
         metadata = dict(stored.metadata() or {})
-        state = {f"{prefix}.{key}": stored.get_tensor(key).contiguous() for key in stored.keys()}
+        state = {f"{prefix}.{key}": stored.get_tensor(key).contiguous() for key in stored.keys()}  # noqa: SIM118
     if text := metadata.get("lora_adapter_metadata"):
         config = {f"{prefix}.{key}": value for key, value in json.loads(text).items()}
         metadata["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)

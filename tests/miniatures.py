@@ -28,8 +28,13 @@ def stable_diffusion(prediction_type: str = "epsilon", scheduler: str = "ddim", 
                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
                                 cross_attention_dim=16, attention_head_dim=2)  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=32,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 3,
+        norm_num_groups=4,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
     kind = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}[scheduler]
     options = {"clip_sample": False} if scheduler == "ddim" else {"skip_prk_steps": True}
     pipe = StableDiffusionPipeline(

@@ -1,5 +1,6 @@
 """Transitions against stock schedulers, torch's Normal, and the released stochastic steps' formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_ddim_step_is_stock(kind: str, eta: float) -> None:
     scheduler, process = stock(kind), PROCESSES["vp"]
     times = torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
     x, y, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1), normal(2, 4, 8, 8, seed=2)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         now, then = (process.coefficients(v.expand(2)) for v in (t, s))
         law = ddim(endpoints(kind, y, x, *now), now, then, eta)
         expected = scheduler.step(y, int(t), x, eta=eta, variance_noise=noise).prev_sample
@@ -45,7 +46,7 @@ def test_ddim_on_sigmas_is_the_stock_euler_step() -> None:
     times = torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
     x = normal(2, 4, 8, 8)
     stretched = x * (1 + scheduler.sigmas[0] ** 2).sqrt()
-    for index, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, s) in enumerate(itertools.pairwise(times)):
         y = normal(2, 4, 8, 8, seed=10 + index)
         now, then = (process.coefficients(v.expand(2)) for v in (t, s))
         x = ddim(endpoints("epsilon", y, x, *now), now, then).mean

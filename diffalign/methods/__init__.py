@@ -1,4 +1,4 @@
-"""The table of methods: name -> class. Each is one file that says what it draws, from what reference, with what loss."""
+"""The table of methods: name -> class. Each is one file that names its choices: samples, reference, loss."""
 
 METHODS: dict[str, str] = {
     "dpo": "diffalign.methods.dpo:DPO",

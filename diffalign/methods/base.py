@@ -68,7 +68,7 @@ class Noised:
 
 @dataclass(frozen=True)
 class Loss:
-    """value [B] to differentiate; metrics: name -> [B] detached; `time` [B] in [0, 1], what the metrics are binned by."""
+    """value [B] to differentiate; metrics: name -> [B], detached; `time` [B] in [0, 1], what they are binned by."""
 
     value: Tensor
     time: Tensor

@@ -1,4 +1,4 @@
-"""Diffusion-DPO: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization", arXiv 2311.12908.
+"""Diffusion-DPO: Wallace et al. 2023, Diffusion Model Alignment Using Direct Preference Optimization, arXiv 2311.12908.
 
     L = softplus(-h),   h = -(beta / 2) [(m_w - r_w) - (m_l - r_l)]                                            (eq. 14)
 
@@ -80,7 +80,7 @@ class DPO:
         winner_worse = torch.relu(-rho_w)
         pulled = rho_w - self.dpop_weight * winner_worse
         value = self._soft_link(pulled, self.loser_weight * rho_l, batch.label)
-        m_w, m_l = m.chunk(2)
+        m_w = m.chunk(2)[0]
         value = value + self.sft_weight * 0.5 * self.beta * m_w
         time = run.process.fraction(batch.t).chunk(2)[0]
         return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
@@ -95,7 +95,7 @@ class DPO:
 def pair_metrics(h: Tensor, m: Tensor, r: Tensor) -> dict[str, Tensor]:
     """What every pair method logs, per pair and detached: the logit, ties counted half in accuracy, both errors.
 
-    `d_w` above 0 while `accuracy` rises is likelihood displacement: the winner gets less likely, the loser even more so.
+    `d_w` above 0 while `accuracy` rises is likelihood displacement: the winner gets less likely, the loser even less.
     """
     with torch.no_grad():
         (m_w, m_l), (r_w, r_l) = m.detach().chunk(2), r.chunk(2)

@@ -1,0 +1,182 @@
+"""Training on random miniatures: resume, identity, refusals, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_pairs
+from miniatures import stable_diffusion
+from safetensors.torch import load_file
+
+from diffalign import checkpoint as ckpt
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import WEIGHTS_NAME, load_lora
+from diffalign.trainer import RunResult, train
+
+
+def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    data = tmp_path / "data"
+    if not data.exists():
+        data.mkdir()
+        toy_pairs.write("pickapic", data, count=12)
+    values = {
+        "pretrained_model_name_or_path": str(stable_diffusion()),
+        "resolution": 32,
+        "lora": {"rank": 2},
+        "method": {"name": "dpo", "beta": 100},
+        "data": {"name": "pickapic", "path": str(data / "pairs.parquet"), "val_fraction": 0.25},
+        "train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_train_steps": 4,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        "output_dir": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return {**values, **changes}
+
+
+def weights(result: RunResult) -> dict[str, torch.Tensor]:
+    return load_file(result.folder / WEIGHTS_NAME)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
+    result = train(config(tmp_path, validation_prompts=["a red circle", "two blue squares"]))
+    assert result.steps == 4
+    rows = metrics(result.folder)
+    first = next(row for row in rows if "loss" in row)
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)  # ln 2 at the reference
+    assert first["h"] == 0 and first["accuracy"] == 0.5
+    assert {"d_w", "d_l", "m_w", "r_w", "grad_norm", "h_abs", "h_std"} <= first.keys()
+    assert any("validation/accuracy" in row for row in rows)
+    assert (result.folder / "samples" / "step-000004.png").is_file()
+    assert (result.folder / "config.yaml").is_file()
+    pipe = load_pipeline(stable_diffusion())
+    load_lora(pipe, result.folder)
+    assert any(value.abs().sum() > 0 for name, value in weights(result).items() if "lora_B" in name)
+
+
+def test_ten_steps_are_five_and_five(tmp_path: Path) -> None:
+    whole = train(config(tmp_path, max_train_steps=10, checkpointing_steps=5, output_dir=str(tmp_path / "whole")))
+    half = config(tmp_path, max_train_steps=5, checkpointing_steps=5, output_dir=str(tmp_path / "halves"))
+    train(half)
+    resumed = train({**half, "max_train_steps": 10, "resume_from_checkpoint": "latest"})
+    assert same(weights(whole), weights(resumed))
+    key = "loss"
+    ours, theirs = ([row[key] for row in metrics(r.folder) if key in row] for r in (whole, resumed))
+    assert ours == theirs and len(ours) == 10
+
+
+def test_the_same_config_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    runs = [
+        train(config(tmp_path, output_dir=str(tmp_path / f"run{i}"), seed=seed)) for i, seed in enumerate((0, 0, 1))
+    ]
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_accumulation_equals_a_larger_batch_in_pairs_seen(tmp_path: Path) -> None:
+    result = train(config(tmp_path, gradient_accumulation_steps=3))
+    assert result.steps == 4
+
+
+def test_ema_is_what_is_saved(tmp_path: Path) -> None:
+    plain = train(config(tmp_path, output_dir=str(tmp_path / "plain")))
+    averaged = train(config(tmp_path, output_dir=str(tmp_path / "averaged"), ema_decay=0.9))
+    trained = [ckpt.load_tensors(r.folder / "checkpoint-4", "trainable") for r in (plain, averaged)]
+    assert same(*trained)  # averaging does not change training
+    assert not same(weights(plain), weights(averaged))
+
+
+def test_full_fine_tuning_with_a_frozen_copy(tmp_path: Path) -> None:
+    result = train(config(tmp_path, train="full", reference="frozen_copy", learning_rate=1e-4, max_train_steps=2))
+    before, after = load_pipeline(stable_diffusion()), load_pipeline(result.folder / "model")
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before.network.parameters(), after.network.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) / 2
+
+
+def test_frozen_copy_and_adapter_off_are_one_reference(tmp_path: Path) -> None:
+    runs = [train(config(tmp_path, reference=name, output_dir=str(tmp_path / name)))
+            for name in ("adapter_off", "frozen_copy")]  # fmt: skip
+    assert same(*map(weights, runs))
+
+
+def test_init_lora_continues(tmp_path: Path) -> None:
+    first = train(config(tmp_path, output_dir=str(tmp_path / "first")))
+    second = train(config(tmp_path, output_dir=str(tmp_path / "second"), init_lora=str(first.folder), max_train_steps=1,
+                          learning_rate=1e-9))  # fmt: skip
+    for name, value in weights(first).items():
+        torch.testing.assert_close(weights(second)[name], value, rtol=0, atol=1e-6)
+
+
+def test_sft_needs_no_reference(tmp_path: Path) -> None:
+    assert train(config(tmp_path, method="sft", reference="none")).steps == 4
+
+
+def test_bf16_keeps_the_identity_within_its_bound(tmp_path: Path) -> None:
+    result = train(config(tmp_path, mixed_precision="bf16", max_train_steps=2))
+    assert all(value.dtype == torch.float32 for value in weights(result).values())
+
+
+def test_non_finite_losses_are_skipped_counted_and_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = config(tmp_path, learning_rate=1e30, max_train_steps=30, max_nonfinite_steps=3, max_grad_norm=1e30)
+    with pytest.raises(RuntimeError, match="not finite for 3 steps in a row"):
+        train(broken)
+    assert caplog.text.count("step skipped") == 3
+
+
+def test_checkpoints_are_limited_and_half_written_ones_passed_over(tmp_path: Path) -> None:
+    values = config(tmp_path, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2)
+    folder = train(values).folder
+    assert [c.name for c in ckpt.complete_checkpoints(folder)] == ["checkpoint-5", "checkpoint-6"]
+    newest = folder / "checkpoint-6" / "trainable.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert ckpt.find_checkpoint(folder, "latest") == folder / "checkpoint-5"
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        ckpt.find_checkpoint(folder, "checkpoint-6")
+    assert train({**values, "resume_from_checkpoint": "latest"}).steps == 6
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    values = config(tmp_path)
+    train(values)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(values)
+    with pytest.raises(ValueError, match="another learning_rate"):
+        train({**values, "learning_rate": 5e-3, "resume_from_checkpoint": "latest"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "none"}, "needs a reference"),
+        ({"train": "full"}, "no adapter to switch off"),
+        ({"train": "full", "reference": "frozen_copy", "init_lora": "x"}, "init_lora continues a LoRA"),
+        ({"method": "dop"}, "did you mean 'dpo'"),
+        ({"reference": "adapter_of"}, "did you mean 'adapter_off'"),
+        ({"learnin_rate": 1}, "did you mean 'learning_rate'"),
+        ({"data": {"name": "pickapic", "path": "/nowhere/at/all"}}, "/nowhere/at/all"),
+        ({"pretrained_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"lora": {"rank": 2, "targets": ["nothing"]}}, "lora.targets"),
+    ],
+)
+def test_refusals_are_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path, **changes))
