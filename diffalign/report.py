@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ CURVES = (
 )
 
 
-def write_report(path: Path, report: dict[str, Any], examples: Sequence[Example], curves: dict[str, Metrics]) -> None:
+def write_report(path: Path, report: dict[str, Any], examples: Sequence[Example], curves: Mapping[str, Metrics]) -> None:
     """Writes the page in one piece.
 
     Args:

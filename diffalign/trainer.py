@@ -67,7 +67,7 @@ class Trainer:
         self.reference = prepared.make_reference(self.pipe)
         self.parameters = prepared.parameters
         self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
-        # DDP's hooks live in the wrapper, so the policy calls that; the reference needs no gradient: it calls the module
+        # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
         wrapped.network = self.accelerator.prepare_model(self.pipe.network)
         self.wrapper, self.policy = wrapped.network, wrapped.predict

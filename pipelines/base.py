@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class LatentPipeline(ABC):
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
 
     name: str  # what it was loaded from
-    network: torch.nn.Module  # the one trainable module
+    network: Any  # the one trainable module: a diffusers model, with its adapter methods
     process: NoiseProcess
     parametrization: str  # a key of diffalign.process.PARAMETRIZATIONS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -25,7 +25,7 @@ class StableDiffusion(LatentPipeline):
     def __init__(self, pipe: StableDiffusionPipeline, name: str) -> None:
         self.name = name
         self.stock: StableDiffusionPipeline | None = pipe
-        self.network: torch.nn.Module = pipe.unet.requires_grad_(False).eval()
+        self.network: Any = pipe.unet.requires_grad_(False).eval()
         pipe.vae.requires_grad_(False).eval()
         pipe.text_encoder.requires_grad_(False).eval()
         self.parametrization = pipe.scheduler.config.prediction_type

@@ -30,7 +30,6 @@ from diffalign.pipelines import load_pipeline
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.verify import verify
 
-JPEG = {"format": "JPEG", "quality": 90, "optimize": True}
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # a fixed time, so that the same command writes the same bytes
 
 
@@ -43,7 +42,7 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 def jpeg(picture: Image.Image) -> bytes:
     """The bytes that ship, and that the verifier ranks: what it judged is what a reader gets."""
     buffer = io.BytesIO()
-    picture.save(buffer, **JPEG)
+    picture.save(buffer, "JPEG", quality=90, optimize=True)
     return buffer.getvalue()
 
 

@@ -120,8 +120,8 @@ class Trainer:
 
     def averaged(self) -> StableDiffusionPipeline:
         """The stock pipeline with the averaged weights (copies: saving converts dtypes in place)."""
-        return assemble(*(copy.deepcopy(m).eval() for m in (self.vae, self.ema_text)), self.tokenizer,
-                        copy.deepcopy(self.ema_unet).eval())  # fmt: skip
+        vae, text, unet = (copy.deepcopy(m).eval() for m in (self.vae, self.ema_text, self.ema_unet))
+        return assemble(vae, text, self.tokenizer, unet)
 
     def save(self) -> None:
         save_atomically(TinySD(self.averaged()), self.args.out)
