@@ -1,42 +1,48 @@
-# `make demo` and `make test` are all a newcomer needs: each sets up .venv on a machine with nothing but Python 3.11.
+# `make demo` and `make test` are all a newcomer needs: each sets up .venv on a machine with nothing but Python 3.11,
+# and goes straight to work when pyproject.toml and constraints.txt have not changed since.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := $(BIN)/python -m
-# uv does not read pip.conf: a machine that installs from a folder or a mirror says so in the same variables as for pip
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-export UV_INDEX_URL ?= $(PIP_INDEX_URL)
 FAST := not slow and not gpu and not network
 SLOW := slow and not gpu and not network
 
-.PHONY: demo test test-slow lint types bench clean
+# uv does not read pip's settings: a machine that installs from a folder or a mirror says so in pip's own variables
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifneq ($(PIP_INDEX_URL),)
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
+
+.PHONY: demo test test-slow lint types clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
 
 test: .venv/installed-dev
-	$(RUN) pytest -m "$(FAST)" -rs tests
+	$(BIN)/python -m pytest -m "$(FAST)" -rs tests
 
 test-slow: .venv/installed-dev
-	$(RUN) pytest -m "$(SLOW)" -rs tests
+	$(BIN)/python -m pytest -m "$(SLOW)" -rs tests
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	$(BIN)/ruff format --check .
 
 types: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/bin/uv:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 .venv/installed: .venv/bin/uv pyproject.toml constraints.txt
-	env $(if $(UV_FIND_LINKS),,-u UV_FIND_LINKS) $(if $(UV_INDEX_URL),,-u UV_INDEX_URL) $(BIN)/uv pip install --quiet --python $(BIN)/python -e . -c constraints.txt
+	$(INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	env $(if $(UV_FIND_LINKS),,-u UV_FIND_LINKS) $(if $(UV_INDEX_URL),,-u UV_INDEX_URL) $(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]" -c constraints.txt
+	$(INSTALL) -e ".[dev]"
 	@touch $@
 
 clean:

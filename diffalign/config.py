@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "report_to": ("tensorboard", "wandb", "trackio", "none"),
 }
+KEY_PART = r'"([^"]+)"|([^."=\s]+)'  # of a dotted key; a part that holds a dot is quoted
 POSITIVE = (
     "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_train_steps",
     "max_grad_norm", "checkpointing_steps", "logging_steps", "max_nonfinite_steps", "validation_batch_size",
@@ -120,7 +121,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         values, name = {**config}, "run"
     else:
         path = find_config(config)
-        values, name = read_yaml(path), path.stem if path.parent == PACKAGED else f"{path.parent.name}-{path.stem}"
+        values, name = read_yaml(path), run_name(path)
     for override in overrides:
         apply_override(values, override)
     values.setdefault("output_dir", f"runs/{name}")
@@ -144,6 +145,12 @@ def find_config(name: str | Path) -> Path:
     if packaged.is_file():
         return packaged
     raise unknown("config", str(name), packaged_configs())
+
+
+def run_name(path: Path) -> str:
+    """What a run of this config is called: "tiny-sd-dpo" for the packaged tiny-sd/dpo, else the name of the file."""
+    path, home = path.resolve(), PACKAGED.resolve()
+    return "-".join(path.relative_to(home).with_suffix("").parts) if path.is_relative_to(home) else path.stem
 
 
 class _Strict(yaml.SafeLoader):
@@ -183,8 +190,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         ValueError: not of the form key=value, or a path through something that is not a section.
     """
     key, equals, text = override.partition("=")
-    parts = [quoted or plain for quoted, plain in re.findall(r'"([^"]+)"|([^."]+)', key)]
-    if not equals or not parts:
+    parts = [quoted or plain for quoted, plain in re.findall(KEY_PART, key)]
+    if not equals or not re.fullmatch(rf"({KEY_PART})(\.({KEY_PART}))*", key):
         raise ValueError(f"expected an override of the form key=value, such as method.beta=2000, got {override!r}")
     try:
         value = yaml.load(text, Loader=_Strict)
@@ -273,7 +280,13 @@ def _check_ranges(config: RunConfig) -> None:
     for key in POSITIVE:
         if not getattr(config, key) > 0:
             raise ValueError(f"{key}: expected a number above 0, got {getattr(config, key)!r}")
-    for key in ("prompt_dropout", "ema_decay"):
+    for key in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "seed", "validation_seed"):
+        if getattr(config, key) < 0:
+            raise ValueError(f"{key}: expected a number of at least 0, got {getattr(config, key)!r}")
+    for key in ("checkpoints_total_limit", "validation_steps"):
+        if getattr(config, key) is not None and getattr(config, key) < 1:
+            raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")
+    for key in ("prompt_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
         value = getattr(config, key)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{key}: expected a number in [0, 1], got {value!r}")

@@ -112,6 +112,8 @@ def _fitting(value: Any, kind: type) -> Any:
     """`value` as `kind`, or None if it does not mean one. A bool is no number, 2.5 is no int, and text may be a number."""
     if isinstance(value, bool):
         return value if kind is bool else None
+    if kind is int and isinstance(value, int):
+        return value  # not by way of float, which would round a large seed
     if kind in (int, float) and isinstance(value, (int, float, str)):
         try:
             number = float(value)

@@ -1,0 +1,219 @@
+"""The command line: names, types and help of every option. What a command does is in `diffalign.commands`.
+
+Nothing here loads torch, so that --help is quick; each command imports what it needs when it starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffalign.console import Result, guarded, show, working
+
+app = typer.Typer(
+    help="Align text-to-image diffusion models with what people prefer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Preference data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-sd/dpo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dotted: method.beta=2000", metavar="[KEY=VALUE]...")
+]
+Model = Annotated[str, typer.Option(help="A diffusers folder, a hub id, or a shipped model such as tiny-sd.")]
+Lora = Annotated[str | None, typer.Option(help="A LoRA file, or the folder of a training run.")]
+Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
+Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]
+Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME=WEIGHT; as often as you like.")]
+Weights = Annotated[list[str] | None, typer.Option("--weights", help="NAME=PATH: a reward's weights in a local file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE of a reward: clip.model=tiny-clip")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA by default where there is one.")]
+Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures at once.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps and pictures, to see that all of it runs.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the report; a demo that was cut off goes on there.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of both trainings.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Align the shipped tiny-sd and show held-out pictures before and after."""
+    with working():
+        from diffalign.commands import run_demo
+
+        result = run_demo(out, quick, seed)
+    show(result, as_json)
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the resolved config; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA or a whole network as a config says."""
+    with working():
+        from diffalign import commands
+
+        result = (commands.dry_run if dry_run else commands.run_train)(config, overrides or [])
+    show(result, as_json)
+
+
+@app.command()
+def cache(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compute a config's latents and text embeddings once, ahead of training."""
+    with working():
+        from diffalign.commands import fill_cache
+
+        result = fill_cache(config, overrides or [])
+    show(result, as_json)
+
+
+@app.command()
+def generate(
+    model: Model = "tiny-sd",
+    lora: Lora = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture; each next one has the next seed.")] = 0,
+    steps: Steps = 20,
+    guidance_scale: Guidance = 7.5,
+    batch_size: BatchSize = 16,
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("runs/generated"),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures of prompts."""
+    with working():
+        from diffalign import arguments, commands
+
+        rows = arguments.read_prompt_options(prompt or [], prompts)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
+        place = arguments.default_device(device)
+        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place)
+    show(result, as_json)
+
+
+@app.command()
+def score(
+    images: Annotated[list[str], typer.Option("--images", help="File, folder, 'glob', or .jsonl of image and prompt.")],
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Score pictures that exist with one reward or several."""
+    with working():
+        from diffalign import arguments, commands
+
+        pictures = arguments.read_pictures(images, prompt or [], prompts)
+        rewards = arguments.read_rewards(reward or [], weights or [], settings or [], arguments.default_device(device))
+        result = commands.score_pictures(rewards, pictures, batch_size)
+    show(result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model = "tiny-sd",
+    lora: Lora = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    seeds: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    steps: Steps = 20,
+    guidance_scale: Guidance = 7.5,
+    batch_size: BatchSize = 16,
+    out: Annotated[Path | None, typer.Option(help="A new or empty folder for pictures and evaluation.json.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with the same model under a LoRA: mean rewards, gains and win rates with intervals."""
+    with working():
+        from diffalign import arguments, commands
+
+        place = arguments.default_device(device)
+        rows = arguments.read_prompt_options(prompt or [], prompts)
+        rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
+        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place)
+    show(result, as_json)
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="A file, a folder, or with --name pickapic a hub id.")],
+    name: Annotated[str | None, typer.Option(help="The layout, if it cannot be told from the path.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Look at no more rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a whole preference data set and report what is in it; fails when nothing is usable."""
+    with working():
+        from diffalign.commands import check_data
+
+        result = check_data(path, name, max_rows)
+    show(result, as_json)
+
+
+@app.command()
+def rewards(as_json: Json = False) -> None:
+    """List the reward models."""
+    with working():
+        from diffalign.commands import list_rewards
+
+        result = list_rewards()
+    show(result, as_json)
+
+
+@app.command()
+def configs(as_json: Json = False) -> None:
+    """List the packaged configs."""
+    from diffalign.config import packaged_configs
+
+    names = packaged_configs()
+    show(Result({"configs": names}, "\n".join(names)), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at Python, packages, devices, disk, the hub and the shipped files; fails when something is wrong."""
+    with working():
+        from diffalign.doctor import examine
+
+        result = examine()
+    show(result, as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `diffalign` command; exits with 0, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    sys.exit(guarded(lambda: app(args=arguments, prog_name="diffalign")))
+
+
+if __name__ == "__main__":
+    main()

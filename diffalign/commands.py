@@ -1,0 +1,248 @@
+"""What the commands of `diffalign.cli` do once their arguments are read; this is where torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign import demo as demo_run
+from diffalign.arguments import default_device
+from diffalign.cache import Cache
+from diffalign.config import RunConfig, as_dict, load_config
+from diffalign.console import Result, progress_bar
+from diffalign.data.check import check
+from diffalign.data.pairs import load_pairs
+from diffalign.evaluate import evaluate, score_images
+from diffalign.generate import generate
+from diffalign.methods import METHODS
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import load_lora
+from diffalign.prompts import Prompt
+from diffalign.reference import REFERENCES
+from diffalign.rewards import REWARDS
+from diffalign.rewards.base import Weighted
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.startup import refuse, weight_dtype
+from diffalign.table import bind, build, coerce, resolve
+from diffalign.trainer import train
+
+log = logging.getLogger("diffalign")
+
+LISTING = "generations.jsonl"  # what `generate` writes and `score` reads: image, prompt and seed per line
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; `seed` is that of the first, and the next have the next ones."""
+
+    steps: int
+    guidance_scale: float
+    seed: int
+    batch_size: int
+
+
+def run_demo(out: Path, quick: bool, seed: int) -> Result:
+    """The demo, summed up in two lines."""
+    report = demo_run.run(out, quick, seed)
+    low, high = report["gain_ci95"]
+    text = (
+        f"held-out prompts drawn right: {report['base_pass_rate']:.1%} before, {report['aligned_pass_rate']:.1%} after "
+        f"(gain {report['gain']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})\nlook at {out / 'report.html'}"
+    )
+    return Result(report, text)
+
+
+def run_train(config: str, overrides: Sequence[str]) -> Result:
+    """A whole training run."""
+    run = train(config, overrides)
+    state = "interrupted and saved; go on with resume_from_checkpoint=latest" if run.interrupted else "done"
+    data = {**asdict(run), "folder": str(run.folder)}
+    return Result(data, f"{state}: step {run.steps}, in {run.folder}")
+
+
+def dry_run(config: str, overrides: Sequence[str]) -> Result:
+    """The resolved config, after every check that needs neither the data nor the model."""
+    resolved = load_config(config, overrides)
+    method = build(METHODS, resolved.method, what="method")
+    resolve(REFERENCES, resolved.reference_name, "reference")
+    refuse(resolved, method)
+    for label, section in resolved.rewards.items():
+        check_reward(label, section)
+    values = as_dict(resolved)
+    return Result(values, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def check_reward(label: str, section: float | Mapping[str, Any]) -> None:
+    """Checks a row of a `rewards` section without loading it.
+
+    Raises:
+        ValueError: unknown name or keyword, or a weight that is not a number.
+    """
+    keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
+    coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
+    bind(REWARDS, {"name": label, **keywords}, what="reward", device="cpu")
+
+
+def fill_cache(config: str, overrides: Sequence[str]) -> Result:
+    """Latents and embeddings of a config's data, so that a run starts at once and on a smaller device."""
+    resolved = load_config(config, overrides)
+    pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
+                       random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
+    log.info(pairs.summary())
+    pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved), device=_device_of(resolved),
+                         revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+    everything = [*pairs.train, *pairs.validation]
+    counts = {"prompts": 0, "pairs": 0}
+
+    def progress(what: str, done: int, total: int) -> None:
+        counts[what] = done
+        log.info("cache: %s %d of %d", what, done, total)
+
+    cache = Cache(Path(resolved.cache_dir), pipe)
+    cache.fill(pipe, everything, ["", *resolved.validation_prompts], resolved.validation_batch_size, progress)
+    data = {"cache_dir": resolved.cache_dir, "pairs": len(everything),
+            "computed_prompts": counts["prompts"], "computed_pairs": counts["pairs"]}  # fmt: skip
+    text = (f"{resolved.cache_dir}: {len(everything)} pairs, of which {counts['pairs']} were new; "
+            f"{counts['prompts']} new prompts")  # fmt: skip
+    return Result(data, text)
+
+
+def draw_pictures(
+    model: str,
+    lora: str | None,
+    prompts: Sequence[Prompt],
+    images_each: int,
+    sampling: Sampling,
+    out: Path,
+    device: str,
+) -> Result:
+    """Pictures 00000.png ... in a new or empty folder, listed in generations.jsonl with their prompts and seeds."""
+    if images_each < 1 or sampling.batch_size < 1:
+        raise ValueError("expected --num-images and --batch-size of at least 1")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
+    pipe = load_pipeline(model, device=device)
+    if lora:
+        load_lora(pipe, lora)
+    texts = [prompt.text for prompt in prompts for _ in range(images_each)]
+    rows = [{"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)]
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar("drawing", len(rows)) as advance:
+        for start in range(0, len(rows), sampling.batch_size):
+            some = rows[start : start + sampling.batch_size]
+            pixels = generate(
+                pipe,
+                [str(row["prompt"]) for row in some],
+                seeds=[int(row["seed"]) for row in some],
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                batch_size=len(some),
+            )
+            for row, picture in zip(some, to_pictures(pixels), strict=True):
+                picture.save(out / str(row["image"]))
+            advance(len(some))
+    write_text(out / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return Result({"folder": str(out), "images": rows}, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")
+
+
+def score_pictures(rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int) -> Result:
+    """Every reward's score of every (picture, prompt), and their means."""
+    files, prompts = [file for file, _ in pictures], [prompt for _, prompt in pictures]
+    with progress_bar("scoring", len(files)) as advance:
+        scores = score_images(rewards, files, prompts, batch_size=batch_size, progress=advance)
+    names = list(scores)
+    mean = {name: sum(values) / len(values) for name, values in scores.items()}
+    rows = [
+        {"image": str(file), "prompt": prompt, "scores": {name: scores[name][i] for name in names}}
+        for i, (file, prompt) in enumerate(pictures)
+    ]
+    cells = [(str(f), p, *(f"{scores[name][i]:.4f}" for name in names)) for i, (f, p) in enumerate(pictures)]
+    cells.append(("mean", f"of {len(files)}", *(f"{mean[name]:.4f}" for name in names)))
+    return Result({"mean": mean, "images": rows}, header=("image", "prompt", *names), rows=cells)
+
+
+def compare_models(
+    model: str, lora: str | None, prompts: Sequence[Prompt], rewards: Weighted, seeds: int,
+    sampling: Sampling, out: Path | None, device: str,
+) -> Result:  # fmt: skip
+    """Base against LoRA on the same prompts and seeds; the base alone without a LoRA."""
+    pipe = load_pipeline(model, device=device)
+    with progress_bar("drawing and scoring", len(prompts) * seeds) as advance:
+        report = evaluate(
+            pipe,
+            prompts,
+            rewards,
+            lora=lora,
+            seeds_per_prompt=seeds,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            batch_size=sampling.batch_size,
+            seed=sampling.seed,
+            out=out,
+            progress=advance,
+        )
+    columns = ("base", "aligned", "gain", "win_rate") if lora else ("base",)
+    rows = [
+        (group, name, *(_with_interval(row, column) for column in columns))
+        for group, table in _groups(report)
+        for name, row in table.items()
+    ]
+    where = f"pictures and evaluation.json in {out}" if out else ""
+    return Result(report, where, ("prompts", "reward", *columns), rows)
+
+
+def check_data(path: str, name: str | None, max_rows: int | None) -> Result:
+    """What is in a preference data set; not ok when nothing in it can be trained on."""
+    report = check(path, name, max_rows)
+    return Result(report.to_dict(), report.render(), ok=report.usable)
+
+
+def list_rewards() -> Result:
+    """The rows of the table of rewards."""
+    classes = {name: resolve(REWARDS, name, "reward") for name in sorted(REWARDS)}
+    data = {
+        name: {
+            "class": REWARDS[name],
+            "differentiable": kind.differentiable,
+            "licence": kind.licence,
+            "about": _first_line(kind),
+        }
+        for name, kind in classes.items()
+    }
+    rows = [
+        (name, "yes" if row["differentiable"] else "no", row["licence"], row["about"]) for name, row in data.items()
+    ]
+    return Result(data, header=("reward", "gradient", "licence", "about"), rows=rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one piece."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _device_of(config: RunConfig) -> str:
+    return default_device("cpu" if config.cpu else None)
+
+
+def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "all", report["rewards"]
+    for category, part in report["per_category"].items():
+        yield category, part["rewards"]
+
+
+def _with_interval(row: Mapping[str, Any], column: str) -> str:
+    low, high = row[f"{column}_ci95"]
+    return f"{row[column]:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]

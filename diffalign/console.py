@@ -1,0 +1,110 @@
+"""How commands speak: results on stdout, everything else on stderr, one sentence for an error. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+DEBUG = "DIFFALIGN_DEBUG"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: `data` for machines, and for people `text` and a table of cells below its header."""
+
+    data: dict[str, Any]
+    text: str = ""
+    header: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    ok: bool = True
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Prints a result and exits with 1 if it says that something is not as it should be."""
+    if as_json:
+        print(json.dumps(_plain(result.data), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    else:
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        if result.rows:
+            table = Table(*result.header, box=None, pad_edge=False)
+            for row in result.rows:
+                table.add_row(*row)
+            console.print(table)
+        if result.text:
+            console.print(result.text)
+    if not result.ok:
+        sys.exit(FAILED)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """Sends what libraries print while a command works, and our log, to stderr, so that stdout is the result alone."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
+    logger = logging.getLogger("diffalign")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "1" if name.endswith("BARS") else "error")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the yielded function is told how many more are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Runs a command; the exit code. Bad input is one sentence and 2, a run that failed one sentence and 1.
+
+    With DIFFALIGN_DEBUG=1 errors keep their traceback.
+    """
+    if os.environ.get(DEBUG):
+        run()
+        return 0
+    try:
+        run()
+    except (ValueError, OSError) as error:
+        return _say(error, BAD_INPUT)
+    except RuntimeError as error:
+        return _say(error, FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _say(error: Exception, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"diffalign: {text}", file=sys.stderr)
+    return code
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
