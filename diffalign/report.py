@@ -29,7 +29,9 @@ CURVES = (
 )
 
 
-def write_report(path: Path, report: dict[str, Any], examples: Sequence[Example], curves: Mapping[str, Metrics]) -> None:
+def write_report(
+    path: Path, report: dict[str, Any], examples: Sequence[Example], curves: Mapping[str, Metrics]
+) -> None:
     """Writes the page in one piece.
 
     Args:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
@@ -41,6 +41,7 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 SERVED = {Need.PAIRS, Need.REFERENCE}  # what this trainer can give a method
 
+Result = TypeVar("Result")
 DrawSamples = Callable[[LatentPipeline, Path], None]
 
 
@@ -71,8 +72,9 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     make_reference: MakeReference = resolve(REFERENCES, resolved.reference_name, "reference")
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
-    checkpoint = claim_folder(folder, resolved)
     accelerator = make_accelerator(resolved, folder)
+    checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
+    accelerator.init_trackers("diffalign")
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
     log.info(pairs.summary())
@@ -144,8 +146,22 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
-    accelerator.init_trackers("diffalign")
     return accelerator
+
+
+def on_main_rank(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """Calls once, on the main rank, and gives all ranks the result, or the same ValueError instead of a long wait."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [call(), None]
+        except ValueError as error:
+            outcome = [None, str(error)]
+    outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    result: Result = outcome[0]
+    return result
 
 
 def weight_dtype(config: RunConfig) -> torch.dtype:

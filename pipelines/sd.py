@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import ddim_times, fingerprint, vae_decode, vae_moments, variance_preserving
 from diffalign.sampling import Condition
+
+
+log = logging.getLogger("diffalign")
 
 
 class StableDiffusion(LatentPipeline):
@@ -55,12 +59,13 @@ class StableDiffusion(LatentPipeline):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         pipe = self._encoders()
+        limit = pipe.tokenizer.model_max_length
+        tokens = pipe.tokenizer(list(prompts), truncation=False, add_special_tokens=True).input_ids
+        if long := [text for text, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]:
+            log.warning("%d of %d prompts are longer than the text encoder reads (%d tokens) and are cut, the first: %r",
+                        len(long), len(prompts), limit, long[0][:80])  # fmt: skip
         ids = pipe.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=pipe.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         ).input_ids
         embeds = pipe.text_encoder(ids.to(pipe.text_encoder.device)).last_hidden_state
         return {"prompt_embeds": embeds.float()}

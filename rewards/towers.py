@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from diffalign.assets import asset
 from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Recipe, hf_recipe, openai_recipe, square_recipe
 
 OPEN_CLIP = "open_clip:"
@@ -126,7 +127,7 @@ def _projected(output: Any) -> Tensor:
 
 def _locate(model: str) -> str:
     if model in SHIPPED and not Path(model).exists():
-        return str(Path(__file__).resolve().parent.parent / "assets" / model)
+        return str(asset(model))
     return model
 
 

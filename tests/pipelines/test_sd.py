@@ -190,3 +190,10 @@ def test_a_lora_that_is_none(tmp_path: Path) -> None:
 def test_targets_that_match_nothing_are_named() -> None:
     with pytest.raises(ValueError, match=r"lora.targets \['to_x'\]"):
         attach_lora(load_pipeline(stable_diffusion()), targets=["to_x"])
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = load_pipeline(stable_diffusion())
+    embeds = pipe.encode_prompts(["a red circle", "red " * 100])["prompt_embeds"]
+    assert embeds.shape == (2, 77, 16)
+    assert "1 of 2 prompts are longer than the text encoder reads (77 tokens)" in caplog.text
