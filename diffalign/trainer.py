@@ -85,14 +85,16 @@ class Trainer:
         if self.step == 0:
             self._check_identity()
             self._validate()
-        with _until_sigterm() as stop, self._progress() as advance:
-            while self.step < self.config.max_train_steps and not stop:
+        stopping = False
+        with _until_sigterm() as received, self._progress() as advance:
+            while self.step < self.config.max_train_steps and not stopping:
                 self._train_step()
                 advance()
-                self._after_step(last=self.step == self.config.max_train_steps or bool(stop))
+                stopping = not self._all_ranks(not received)  # together, or the others would wait for this rank
+                self._after_step(last=stopping or self.step == self.config.max_train_steps)
         self._save_result()
         self.accelerator.end_training()
-        return RunResult(self.folder, self.step, self.last, interrupted=bool(stop))
+        return RunResult(self.folder, self.step, self.last, interrupted=stopping)
 
     # -- one step ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 """Trains the autoencoder of the shapes models: 64-pixel pictures to 16 x 16 x 4 latents.
 
     python -m diffalign.shapes.train_vae --out runs/tiny-vae
+    python -m diffalign.shapes.train_vae --init assets/tiny-sd/vae --decoder-only --out runs/tiny-vae    # sharper edges
+
+The second leaves the latents as they are, so a U-Net that was trained on them goes on to fit.
 
 Absolute plus squared error and a light Kullback-Leibler term; no perceptual and no adversarial loss, which flat shapes
 do not need. The scaling factor of the saved model is 1 / std of its latents, as in Stable Diffusion.
@@ -9,6 +12,7 @@ do not need. The scaling factor of the saved model is 1 / std of its latents, as
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import time
 from pathlib import Path
@@ -47,7 +51,8 @@ def pictures(count: int, seed: int) -> torch.Tensor:
 
 def loss(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
     """Reconstruction and KL of `x` in [-1, 1], [B, 3, H, W]."""
-    posterior = vae.encode(x).latent_dist
+    with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
+        posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample
     # the squared term punishes the few wrong edge pixels that decide an outline, the absolute one keeps flats flat
     return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * posterior.kl().mean()
@@ -56,6 +61,8 @@ def loss(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="folder of a VAE to go on with")
+    parser.add_argument("--decoder-only", action="store_true", help="leave encoder and latents as they are")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -65,11 +72,17 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    vae = build_vae(args.latent_channels).to(args.device, memory_format=torch.channels_last)
-    ema = build_vae(args.latent_channels).to(args.device).requires_grad_(False)
-    ema.load_state_dict(vae.state_dict())
+    fresh = not args.init
+    vae = build_vae(args.latent_channels) if fresh else AutoencoderKL.from_pretrained(args.init, dtype=torch.float32)
+    vae = vae.to(args.device, memory_format=torch.channels_last)
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    ema = copy.deepcopy(vae).requires_grad_(False)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.3f}M parameters", flush=True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     start = time.time()
     for step in range(args.steps):
         x = pictures(args.batch, args.seed + 1 + step).to(args.device).float().div(127.5).sub(1)
@@ -83,7 +96,8 @@ def main() -> None:
         if step % 100 == 99:
             print(f"step {step + 1} loss {value.item():.4f} {time.time() - start:.0f} s", flush=True)
         if step % 500 == 499 or step + 1 == args.steps:
-            _set_scaling(ema, args.device)
+            if not args.decoder_only:
+                _set_scaling(ema, args.device)
             save_atomically(ema, args.out)
 
 
