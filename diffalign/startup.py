@@ -27,6 +27,8 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
 from diffalign.reference import REFERENCES, MakeReference
+from diffalign.rewards import load_rewards
+from diffalign.rewards.preprocess import to_pictures
 from diffalign.sampling import draw
 from diffalign.table import build, resolve
 from diffalign.tracking import grid
@@ -37,12 +39,12 @@ RESUMED_CONFIG = "config.yaml"
 # what may differ between a run and its continuation; everything else would make it another run
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts",
+    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts", "rewards",
 }  # fmt: skip
 SERVED = {Need.PAIRS, Need.REFERENCE}  # what this trainer can give a method
 
 Result = TypeVar("Result")
-DrawSamples = Callable[[LatentPipeline, Path], None]
+DrawSamples = Callable[[LatentPipeline, Path], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def refuse(config: RunConfig, method: Method) -> None:
                          f"or frozen_copy for train: full")  # fmt: skip
     if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
+    if config.rewards and not config.validation_prompts:
+        raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
     if config.train == "full" and config.init_lora:
         raise ValueError(
             "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
@@ -189,24 +193,29 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
 
 
 def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig) -> DrawSamples:
-    """A function that draws the validation prompts from fixed noise and saves them as one grid.
+    """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
 
-    It keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
+    It returns the mean of each of the config's rewards. It keeps the VAE alive when there is something to draw; without
+    validation prompts nothing is kept.
     """
     prompts = config.validation_prompts
     if not prompts:
-        return lambda trained, path: None
-    decoder = pipe.decoder()
-    noise = draw(
-        pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))]
-    )
-    times = pipe.times(config.num_inference_steps)
+        return lambda trained, path: {}
+    rewards = load_rewards(config.rewards) if config.rewards else None
+    decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
+    generators = [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))]
+    noise = draw(pipe.latent_shape(), generators)
     condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
 
-    def draw_samples(trained: LatentPipeline, path: Path) -> None:
+    def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
         latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
+        pixels = decoder(latents).clamp(0, 1).cpu()
         path.parent.mkdir(exist_ok=True)
-        grid(decoder(latents).cpu(), columns=min(8, len(prompts))).save(path)
+        grid(pixels, columns=min(8, len(prompts))).save(path)
+        if rewards is None:
+            return {}
+        rewards(to_pictures(pixels), prompts)
+        return {f"validation/reward/{name}": score.mean().item() for name, score in rewards.terms.items()}
 
     return draw_samples
 

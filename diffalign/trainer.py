@@ -228,8 +228,8 @@ class Trainer:
                 for noised in self.method.prepare(run, batch):
                     loss = self.method.loss(run, noised)
                     averages.add({"loss": loss.value, **loss.metrics}, loss.time)
-            self._log({f"validation/{name}": value for name, value in averages.pop().items()})
-            self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png")
+            values = {f"validation/{name}": value for name, value in averages.pop().items()}
+            self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
 
     def _log(self, values: dict[str, float]) -> None:
         if not values or not self._main:

@@ -69,6 +69,13 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert any(value.abs().sum() > 0 for name, value in weights(result).items() if "lora_B" in name)
 
 
+def test_held_out_rewards_are_logged(tmp_path: Path) -> None:
+    result = train(config(tmp_path, validation_prompts=["a red circle"], rewards={"shapes": {"mode": "score"}}))
+    rewards = [row["validation/reward/shapes"] for row in metrics(result.folder) if "validation/reward/shapes" in row]
+    assert len(rewards) == 2  # before the first step and after the last
+    assert all(0 <= value <= 1 for value in rewards)
+
+
 def test_ten_steps_are_five_and_five(tmp_path: Path) -> None:
     whole = train(config(tmp_path, max_train_steps=10, checkpointing_steps=5, output_dir=str(tmp_path / "whole")))
     half = config(tmp_path, max_train_steps=5, checkpointing_steps=5, output_dir=str(tmp_path / "halves"))
@@ -167,6 +174,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"reference": "none"}, "needs a reference"),
+        ({"rewards": {"shapes": 1.0}}, "validation_prompts"),
+        ({"rewards": {"shape": 1.0}, "validation_prompts": ["a red circle"]}, "did you mean 'shapes'"),
         ({"train": "full"}, "no adapter to switch off"),
         ({"train": "full", "reference": "frozen_copy", "init_lora": "x"}, "init_lora continues a LoRA"),
         ({"method": "dop"}, "did you mean 'dpo'"),
