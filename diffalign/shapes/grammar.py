@@ -82,19 +82,21 @@ def parse(caption: str) -> Scene:
     """The scene that a caption asks for; case, a final full stop and repeated spaces do not matter.
 
     Raises:
-        ValueError: the caption is not of the grammar at the top of this file.
+        ValueError: the caption is not of the grammar at the top of this file, or relates two equal things.
     """
     text = " ".join(caption.lower().strip().rstrip(".").split())
     if match := _ONE_OR_TWO.match(text):
         things = [Thing(match["color1"], match["shape1"])]
         if match["relation"]:
             things.append(Thing(match["color2"], match["shape2"]))
-        return Scene(tuple(things), match["relation"])
-    if match := _COUNT.match(text):
+        if len(set(things)) == len(things):  # a relation between two equal things says nothing that can be checked
+            return Scene(tuple(things), match["relation"])
+    elif match := _COUNT.match(text):
         shape = match["shape"].removesuffix("s") if match["shape"] != "crosses" else "cross"
         return Scene((Thing(match["color"], shape),) * COUNTS[match["count"]])
     raise ValueError(
-        f"expected a caption of the shapes world such as 'a red circle left of a blue square', got {caption!r}; "
+        f"expected a caption of the shapes world such as 'a red circle left of a blue square' (two different objects), "
+        f"got {caption!r}; "
         f"colors: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}; relations: {', '.join(RELATIONS)}; "
         f"counts: {', '.join(COUNTS)}"
     )

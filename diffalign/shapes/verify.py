@@ -148,7 +148,7 @@ def _wrong_objects(scene: Scene, seen: tuple[Seen, ...]) -> list[str]:
     wanted = Counter((thing.color, thing.shape) for thing in scene.things)
     found = Counter((one.color, one.shape or "blob") for one in seen)
     wrong = []
-    for (color, shape), number in (wanted | found).items():
+    for color, shape in wanted | found:
         asked, present = wanted[color, shape], found[color, shape]
         if asked != present:
             wrong.append(f"expected {asked} {color} {shape}, saw {present}")
