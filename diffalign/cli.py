@@ -116,7 +116,10 @@ def generate(
 
 @app.command()
 def score(
-    images: Annotated[list[str], typer.Option("--images", help="File, folder, 'glob', or .jsonl of image and prompt.")],
+    pictures: Annotated[list[str] | None, typer.Argument(help="As --images.", metavar="[PICTURE]...")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="File, folder, 'glob', or .jsonl of image and prompt.")
+    ] = None,
     reward: Reward = None,
     weights: Weights = None,
     settings: Set = None,
@@ -130,9 +133,9 @@ def score(
     with working():
         from diffalign import arguments, commands
 
-        pictures = arguments.read_pictures(images, prompt or [], prompts)
+        rows = arguments.read_pictures([*(pictures or []), *(images or [])], prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], arguments.default_device(device))
-        result = commands.score_pictures(rewards, pictures, batch_size)
+        result = commands.score_pictures(rewards, rows, batch_size)
     show(result, as_json)
 
 

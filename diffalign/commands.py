@@ -15,7 +15,7 @@ import yaml
 from diffalign import demo as demo_run
 from diffalign.arguments import default_device
 from diffalign.cache import Cache
-from diffalign.config import RunConfig, as_dict, load_config
+from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
 from diffalign.data.pairs import load_pairs
@@ -96,8 +96,13 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
     log.info(pairs.summary())
-    pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved), device=_device_of(resolved),
-                         revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+    pipe = load_pipeline(
+        resolved.pretrained_model_name_or_path,
+        dtype=weight_dtype(resolved),
+        device=default_device("cpu" if resolved.cpu else None),
+        revision=resolved.revision,
+        variant=resolved.variant,
+    )
     everything = [*pairs.train, *pairs.validation]
     counts = {"prompts": 0, "pairs": 0}
 
@@ -227,10 +232,6 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
-
-
-def _device_of(config: RunConfig) -> str:
-    return default_device("cpu" if config.cpu else None)
 
 
 def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

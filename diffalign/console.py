@@ -19,6 +19,12 @@ from rich.table import Table
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "DIFFALIGN_DEBUG"
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ def working() -> Iterator[None]:
     logger = logging.getLogger("diffalign")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "1" if name.endswith("BARS") else "error")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

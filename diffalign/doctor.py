@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -104,12 +105,18 @@ def configs() -> Finding:
 
 def shipped() -> list[Finding]:
     """Whether the shipped files are there and the shipped models load."""
-    found = [Finding(name, not error, error or "there", "install diffalign again")
-             for name in SHIPPED_FILES for error in [attempt(lambda: asset(name))]]  # fmt: skip
+    found = []
+    for name in SHIPPED_FILES:
+        error = attempt(partial(asset, name))
+        found.append(Finding(name, not error, error or "there", "install diffalign again"))
     for name in SHIPPED:
-        error = attempt(lambda: load_pipeline(name).encode_prompts(["a red circle"]))
+        error = attempt(partial(_load, name))
         found.append(Finding(f"load {name}", not error, error or "loads", "install diffalign again"))
     return found
+
+
+def _load(name: str) -> None:
+    load_pipeline(name).encode_prompts(["a red circle"])
 
 
 def attempt(work: Callable[[], object]) -> str:

@@ -1,7 +1,7 @@
 """Tables of names: one way to turn a name, or a section of a config, into an object.
 
-A table is a dict of name -> "module:Attribute", so it is lazy and can be grepped. A dotted path "my_package.my_module:Thing"
-names anyone's own. A section is {"name": ..., keyword: value, ...}, and its keywords are the constructor's.
+A table is a dict of name -> "module:Attribute", so it is lazy and can be grepped. A dotted path names anyone's own:
+"my_package.my_module:Thing". A section is {"name": ..., keyword: value, ...}, and its keywords are the constructor's.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
 
 
 def _fitting(value: Any, kind: type) -> Any:
-    """`value` as `kind`, or None if it does not mean one. A bool is no number, 2.5 is no int, and text may be a number."""
+    """`value` as `kind`, or None if it does not mean one: a bool is no number, 2.5 is no int, text may be a number."""
     if isinstance(value, bool):
         return value if kind is bool else None
     if kind is int and isinstance(value, int):
