@@ -137,21 +137,23 @@ def draw_pictures(
     if lora:
         load_lora(pipe, lora)
     texts = [prompt.text for prompt in prompts for _ in range(images_each)]
-    rows = [{"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)]
+    rows: list[dict[str, Any]] = [
+        {"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar("drawing", len(rows)) as advance:
         for start in range(0, len(rows), sampling.batch_size):
             some = rows[start : start + sampling.batch_size]
             pixels = generate(
                 pipe,
-                [str(row["prompt"]) for row in some],
-                seeds=[int(row["seed"]) for row in some],
+                [row["prompt"] for row in some],
+                seeds=[row["seed"] for row in some],
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 batch_size=len(some),
             )
             for row, picture in zip(some, to_pictures(pixels), strict=True):
-                picture.save(out / str(row["image"]))
+                picture.save(out / row["image"])
             advance(len(some))
     write_text(out / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return Result({"folder": str(out), "images": rows}, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")

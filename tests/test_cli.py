@@ -1,0 +1,266 @@
+"""The command line: what goes to stdout and stderr, exit codes, and that help loads no torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffalign import arguments, cli, console
+
+HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
+         ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+class Run:
+    """Runs the command line in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *words: object) -> Answer:
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+        out, err = self.capfd.readouterr()
+        code = stop.value.code
+        return Answer(code if isinstance(code, int) else 0, out, err)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.delenv("DIFFALIGN_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return Run(capfd)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, color in (("b.png", "blue"), ("a.png", "red"), ("c.JPG", "green")):
+        Image.new("RGB", (64, 64), color).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_help_of_every_command_loads_no_torch() -> None:
+    program = (
+        "import sys\nfrom diffalign import cli, console\n"
+        f"for words in {HELPS!r}:\n"
+        "    code = None\n"
+        "    try:\n        cli.main([*words, '--help'])\n    except SystemExit as stop:\n        code = stop.code\n"
+        "    assert code == 0, (words, code)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: diffalign") == len(HELPS)
+
+
+def test_importing_the_package_loads_nothing_and_its_public_names_are_functions() -> None:
+    program = (
+        "import sys, diffalign\nassert 'torch' not in sys.modules\n"
+        "import diffalign.generate, diffalign.evaluate\n"  # modules of the same names as public functions
+        "assert all(callable(getattr(diffalign, name)) for name in diffalign.__all__)\n"
+        "assert set(diffalign.__all__) <= set(dir(diffalign))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    answer = run("train", "tiny-sd/dpo", "--dry-run", "--json", "learning_rate=3e-4", "lora.rank=4")
+    config = json.loads(answer.out)
+    assert answer.code == 0 and config["learning_rate"] == 3e-4 and config["lora"]["rank"] == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "tiny-sd/dop"], "did you mean 'tiny-sd/dpo'?"),
+        (["train", "tiny-sd/dpo", "--dry-run", "learnin_rate=1"], "did you mean 'learning_rate'?"),
+        (["train", "tiny-sd/dpo", "--dry-run", "method=ppo"], "unknown method 'ppo'"),
+        (["train", "tiny-sd/dpo", "--dry-run", "method.betta=1"], "did you mean 'beta'?"),
+        (["train", "tiny-sd/dpo", "--dry-run", "reference=nobody"], "unknown reference 'nobody'"),
+        (["train", "tiny-sd/dpo", "--dry-run", "reference=none"], "needs a reference"),
+        (["train", "tiny-sd/dpo", "--dry-run", "rewards={clap: 1}"], "did you mean 'clip'?"),
+        (["train", "tiny-sd/dpo", "--dry-run", "rewards.clip={modle: x}"], "did you mean 'model'?"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompts", "none.txt"], "none.txt"),
+        (["generate", "--prompt", "x", "--num-images", "0"], "at least 1"),
+        (["generate", "--prompt", "x", "--out", "full"], "choose another --out"),
+        (["score", "full", "--prompt", "x", "--reward", "shapes"], "no picture there"),
+        (["score", "missing.png", "--prompt", "x", "--reward", "shapes"], "missing.png"),
+        (["evaluate", "--prompt", "a red circle"], "at least one --reward"),
+        (["evaluate", "--prompt", "a red circle", "--reward", "shaps"], "did you mean 'shapes'?"),
+        (["evaluate", "--prompt", "a red circle", "--reward", "shapes=heavy"], "expected float, got 'heavy'"),
+        (["evaluate", "--prompt", "a", "--reward", "shapes", "--weights", "clip=x"], "expected NAME=PATH of one of shapes"),
+        (["evaluate", "--prompt", "a", "--reward", "shapes", "--set", "clip.model=x"], "not among the rewards"),
+        (["data", "check", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "keep.txt").write_text("mine")
+    answer = run(*words)
+    assert answer.code == 2 and answer.out == ""
+    assert answer.err.splitlines()[-1].startswith("diffalign: ") and message in answer.err
+    assert "Traceback" not in answer.err
+    assert (tmp_path / "full" / "keep.txt").read_text() == "mine"
+
+
+def test_an_unknown_option_is_exit_code_2(run: Run) -> None:
+    assert run("train", "tiny-sd/dpo", "--drry-run").code == 2
+
+
+def test_the_debug_variable_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFALIGN_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown config"):
+        cli.main(["train", "no-such-config", "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("two\nlines"), 2),
+        (FileNotFoundError(2, "No such file or directory", "here"), 2),
+        (RuntimeError("the loss is not finite"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIFFALIGN_DEBUG", raising=False)
+
+    def fail() -> None:
+        raise error
+
+    assert console.guarded(fail) == code
+    assert len(capsys.readouterr().err.splitlines()) == (0 if code == 130 else 1)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFALIGN_DEBUG", raising=False)
+
+    def fail() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        console.guarded(fail)
+
+
+def test_what_is_printed_while_working_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.working():
+        print("noise")
+    console.show(console.Result({"n": float("nan"), "path": Path("x")}), as_json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"n": None, "path": "x"} and "noise" in err
+
+
+def test_a_result_that_is_not_ok_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        console.show(console.Result({}, "not usable", ok=False), as_json=False)
+    assert stop.value.code == 1 and capsys.readouterr().out == "not usable\n"
+
+
+def test_data_check_of_an_empty_folder_fails(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("data", "check", "empty").code in (1, 2)
+
+
+def test_rewards_and_configs_are_listed(run: Run) -> None:
+    listed = json.loads(run("rewards", "--json").out)
+    assert listed["clip"]["differentiable"] and not listed["shapes"]["differentiable"]
+    assert "tiny-sd/dpo" in run("configs").out.splitlines()
+
+
+def test_score_takes_a_folder_in_the_order_of_names(run: Run, pictures: Path) -> None:
+    answer = run("score", pictures, "--prompt", "a red circle", "--reward", "shapes=2", "--json")
+    scored = json.loads(answer.out)
+    assert answer.code == 0, answer.err
+    assert [Path(row["image"]).name for row in scored["images"]] == ["a.png", "b.png", "c.JPG"]
+    assert scored["mean"] == {"shapes": 0.0} and scored["images"][0]["prompt"] == "a red circle"
+
+
+def test_score_names_a_broken_picture(run: Run, pictures: Path) -> None:
+    whole = (pictures / "b.png").read_bytes()
+    (pictures / "b.png").write_bytes(whole[: len(whole) // 2])
+    answer = run("score", "--images", pictures, "--prompt", "a red circle", "--reward", "shapes")
+    assert answer.code == 2 and "b.png" in answer.err and answer.out == ""
+
+
+def test_pictures_of_listings_files_and_globs(pictures: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "pictures" / "list.jsonl"
+    listing.write_text('{"image": "a.png", "prompt": "one"}\n{"image": "b.png", "prompt": "two"}\n')
+    assert arguments.read_pictures([str(listing)], [], None) == [
+        (pictures / "a.png", "one"),
+        (pictures / "b.png", "two"),
+    ]
+    two = arguments.read_pictures([str(pictures / "*.png")], ["x", "y"], None)
+    assert two == [(pictures / "a.png", "x"), (pictures / "b.png", "y")]
+    with pytest.raises(ValueError, match="one prompt for all or one for each of 3 pictures, got 2"):
+        arguments.read_pictures([str(pictures)], ["x", "y"], None)
+    listing.write_text('{"image": "a.png"}\n')
+    with pytest.raises(ValueError, match="line 1: expected"):
+        arguments.read_pictures([str(listing)], [], None)
+
+
+def test_the_shipped_prompts_are_found_by_name() -> None:
+    prompts = arguments.read_prompt_options(["mine"], "shapes-heldout")
+    assert prompts[0].text == "mine" and len(prompts) == 601 and prompts[1].category
+
+
+def test_settings_reach_the_reward() -> None:
+    rewards = arguments.read_rewards(["shapes=2"], [], ["shapes.mode=score"], "cpu")
+    assert rewards.weights == {"shapes": 2.0} and rewards.range == (0.0, 2.0)
+    with pytest.raises(ValueError, match=r"shapes.mode: expected one of"):
+        arguments.read_rewards(["shapes"], [], ["shapes.mode=other"], "cpu")
+
+
+def test_generate_draws_what_it_lists_and_score_reads_it(run: Run, tmp_path: Path) -> None:
+    words = ("--prompt", "a red circle", "--num-images", 2, "--steps", 1, "--seed", 7, "--json")
+    first = run("generate", *words, "--out", "all")
+    assert first.code == 0, first.err
+    listed = json.loads(first.out)["images"]
+    assert [row["seed"] for row in listed] == [7, 8]
+    run("generate", *words, "--out", "one-by-one", "--batch-size", 1)
+    for row in listed:
+        together, alone = (Image.open(tmp_path / folder / row["image"]) for folder in ("all", "one-by-one"))
+        extremes = [abs(a - b) for a, b in zip(together.tobytes(), alone.tobytes(), strict=True)]
+        assert max(extremes) <= 1 and together.size == (64, 64)
+    scored = run("score", tmp_path / "all" / "generations.jsonl", "--reward", "shapes", "--json")
+    assert len(json.loads(scored.out)["images"]) == 2
+    assert run("generate", *words, "--out", "all").code == 2
+
+
+def test_evaluate_reports_and_keeps_its_pictures(run: Run, tmp_path: Path) -> None:
+    words = (
+        "--prompt",
+        "a red circle",
+        "--prompt",
+        "a blue square",
+        "--steps",
+        1,
+        "--reward",
+        "shapes",
+        "--out",
+        "report",
+    )
+    answer = run("evaluate", *words)
+    assert answer.code == 0, answer.err
+    assert "shapes" in answer.out and (tmp_path / "report" / "base" / "00001.png").is_file()
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["draws"] == 2
