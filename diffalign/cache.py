@@ -1,141 +1,129 @@
 """Latents and text embeddings, computed once and kept: keyed by content, shared between runs, safe to interrupt.
 
-A cache is a folder of safetensors shards. Each shard is written under a temporary name and renamed, so it is complete or
-not there; several processes may write at once, since nobody writes into another's shard. Shards, not a file per key,
-because a million small files are slow on every file system.
-
 The key of a latent is the hash of the picture's bytes, the view (size, crop, flip) and the VAE's weights; that of an
-embedding, of the prompt and the text encoder's weights. So nothing ever needs to be invalidated by hand.
+embedding, of the prompt and the text encoder's weights. So nothing ever needs to be invalidated by hand. Mean and
+log-variance are kept, not a draw: training draws a fresh latent each time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.data.pairs import Pair
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Condition
+from diffalign.shards import Entry, Shards
 
-log = logging.getLogger("diffalign")
-
-Entry = dict[str, Tensor]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-class Shards:
-    """A folder of safetensors files as one mapping from key to named tensors."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._names: dict[str, list[str]] = {}  # key -> names inside its shard
-        self._shard: dict[str, safe_open] = {}  # type: ignore[type-arg]
-        self._known: set[Path] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Learns of shards that this or another process has written; a damaged one is set aside, to be written again."""
-        for file in sorted(self.folder.glob("*.safetensors")):
-            if file in self._known:
-                continue
-            self._known.add(file)
-            try:
-                opened = safe_open(file, "pt")
-                names = list(opened.keys())
-            except (SafetensorError, OSError) as error:
-                log.warning("cache: %s is damaged (%s) and will be computed again", file.name, error)
-                file.rename(file.with_suffix(".damaged"))
-                continue
-            for name in names:
-                key = name.rpartition(":")[0]
-                if self._shard.setdefault(key, opened) is opened:  # two processes may have computed the same key
-                    self._names.setdefault(key, []).append(name)
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that are not there, each once, in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self._shard]
-
-    def put(self, entries: dict[str, Entry]) -> None:
-        """Writes one shard.
-
-        Raises:
-            OSError: with what to do, when the disk is full; no half-written shard is left under its final name.
-        """
-        flat = {f"{key}:{name}": t.contiguous() for key, entry in entries.items() for name, t in entry.items()}
-        file = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        partial = file.with_suffix(".partial")
-        try:
-            save_file(flat, partial)
-            os.replace(partial, file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"the cache in {self.folder} could not be written ({error}); what is there stays valid: free "
-                          f"some space, or set cache_dir to another disk, and start again") from error  # fmt: skip
-        self.refresh()
-
-    def get(self, key: str) -> Entry:
-        """The named tensors of one key."""
-        return {name.rpartition(":")[2]: self._shard[key].get_tensor(name) for name in self._names[key]}
-
-
 class Cache:
-    """Latent moments and text embeddings of one model, under `root`."""
+    """Latent moments and text embeddings of one model, under `root`.
 
-    def __init__(self, root: Path, pipe: LatentPipeline) -> None:
-        self.latents = Shards(root / f"latents-{pipe.fingerprint('vae')}")
-        self.texts = Shards(root / f"texts-{pipe.fingerprint('text')}")
+    Args:
+        root: the folder; several models and several runs, also at once, may share it.
+        dtype: of what is stored; float16 halves the space and rounds to 3 digits. Each has its own files.
+        flush_seconds: how much work a kill may cost.
+    """
+
+    def __init__(
+        self, root: Path, pipe: LatentPipeline, *, dtype: torch.dtype = torch.float32, flush_seconds: float = 15.0
+    ) -> None:
+        self.dtype = dtype
+        suffix = "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"
+        self.latents = Shards(root / f"latents-{pipe.fingerprint('vae')}{suffix}", flush_seconds)
+        self.texts = Shards(root / f"texts-{pipe.fingerprint('text')}{suffix}", flush_seconds)
 
     def fill(
         self, pipe: LatentPipeline, pairs: Sequence[Pair], prompts: Iterable[str], batch_size: int, progress: Progress
     ) -> None:
-        """Computes what is missing for these pairs and prompts; what is there is not computed again."""
+        """Computes what is missing for these pairs and prompts; what is there is verified, and not computed again.
+
+        Raises:
+            OSError: the disk is full; what is complete is kept.
+            ValueError: a picture that could be read when the pairs were loaded and cannot be now.
+        """
         self._fill_texts(pipe, [*dict.fromkeys([*(p.prompt for p in pairs), *prompts])], batch_size, progress)
         self._fill_latents(pipe, pairs, batch_size, progress)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
-        """The conditions of cached prompts, stacked."""
-        entries = [self.texts.get(_hash(prompt)) for prompt in prompts]
+        """The conditions of cached prompts, stacked: every value [len(prompts), ...].
+
+        Raises:
+            ValueError: a prompt that was not cached.
+        """
+        entries = [self._get(self.texts, prompt, f"prompt {prompt!r}") for prompt in prompts]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     def moments(self, pair: Pair) -> tuple[Entry, Entry]:
-        """{"mean", "logvar"} [C, h, w] of winner and loser."""
-        winner, loser = (self.latents.get(_hash(key)) for key in pair.keys())
+        """{"mean", "logvar"}, each fp32 [C, h, w], of winner and loser.
+
+        Raises:
+            ValueError: a pair that was not cached.
+        """
+        winner, loser = (
+            self._get(self.latents, key, f"a picture of {pair.record.source}") for key in pair.cache_keys()
+        )
         return winner, loser
 
+    def _get(self, shards: Shards, key: str, what: str) -> Entry:
+        hashed = _hash(key)
+        if hashed not in shards:
+            raise ValueError(f"{what} is not in the cache {shards.folder}; fill the cache with it first")
+        return {name: _float32(value) for name, value in shards.get(hashed).items()}
+
+    def _stored(self, value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        return value.to(self.dtype, copy=True) if value.is_floating_point() else value.clone()
+
+    @torch.no_grad()
     def _fill_texts(self, pipe: LatentPipeline, prompts: list[str], batch_size: int, progress: Progress) -> None:
         wanted = {_hash(prompt): prompt for prompt in prompts}
+        self.texts.verify(wanted)
         missing = self.texts.missing(wanted)
-        for start in range(0, len(missing), batch_size):
-            some = missing[start : start + batch_size]
-            encoded = pipe.encode_prompts([wanted[key] for key in some])
-            self.texts.put({key: {n: v[i].cpu() for n, v in encoded.items()} for i, key in enumerate(some)})
-            progress("prompts", min(start + batch_size, len(missing)), len(missing))
+        with self.texts.writer() as put:
+            for start in range(0, len(missing), batch_size):
+                some = missing[start : start + batch_size]
+                encoded = pipe.encode_prompts([wanted[key] for key in some])
+                put({key: {n: self._stored(v[i]) for n, v in encoded.items()} for i, key in enumerate(some)})
+                progress("prompts", min(start + batch_size, len(missing)), len(missing))
 
     @torch.no_grad()
     def _fill_latents(self, pipe: LatentPipeline, pairs: Sequence[Pair], batch_size: int, progress: Progress) -> None:
-        todo = [pair for pair in pairs if self.latents.missing(map(_hash, pair.keys()))]
-        todo.sort(key=lambda pair: pair.view.size)  # batches of one size
+        self.latents.verify(_hash(key) for pair in pairs for key in pair.cache_keys())
+        todo = [pair for pair in pairs if self.latents.missing(map(_hash, pair.cache_keys()))]
+        # batches of one size; otherwise the order of the file, which is quick to read
+        todo.sort(key=lambda pair: pair.view.size)
+        seen: set[str] = set()  # two pairs may share a picture
         done = 0
-        while done < len(todo):
-            size = todo[done].view.size
-            some = [pair for pair in todo[done : done + batch_size] if pair.view.size == size]
-            pictures = {_hash(key): pixels for pair in some for key, pixels in zip(pair.keys(), pair.pixels(), strict=True)}
-            keys = self.latents.missing(pictures)
-            if keys:  # two pairs may share all their pictures
-                mean, logvar = pipe.encode(torch.stack([pictures[key] for key in keys]).float() / 255)
-                self.latents.put({key: {"mean": mean[i].cpu(), "logvar": logvar[i].cpu()} for i, key in enumerate(keys)})
-            done += len(some)
-            progress("pairs", done, len(todo))
+        with self.latents.writer() as put:
+            while done < len(todo):
+                size = todo[done].view.size
+                some = [pair for pair in todo[done : done + batch_size] if pair.view.size == size]
+                pictures = _pictures(some)
+                keys = [key for key in self.latents.missing(pictures) if key not in seen]
+                seen.update(keys)
+                if keys:
+                    mean, logvar = pipe.encode(torch.stack([pictures[key] for key in keys]).float() / 255)
+                    moments = [
+                        {"mean": self._stored(m), "logvar": self._stored(v)} for m, v in zip(mean, logvar, strict=True)
+                    ]
+                    put(dict(zip(keys, moments, strict=True)))
+                done += len(some)
+                progress("pairs", done, len(todo))
+
+
+def _pictures(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    return {_hash(key): pixels for pair in pairs for key, pixels in zip(pair.cache_keys(), pair.pixels(), strict=True)}
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _hash(key: str) -> str:

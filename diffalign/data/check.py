@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffalign.data import DATASETS
-from diffalign.data.images import decode
-from diffalign.data.records import BrokenRow, Row
+from diffalign.data.pairs import checked
+from diffalign.data.pickapic import SHIPPED
+from diffalign.data.records import BrokenRow
+from diffalign.data.webdataset import SUFFIXES as SHARDS
+from diffalign.data.webdataset import find_shards
 from diffalign.table import build
 
 NAMED = 20  # broken rows that are named one by one
+READ_LENGTH = 77  # tokens that a CLIP text encoder reads, start and end among them
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "pickapic", ".json": "hpdv2"}
 
 
 @dataclass(frozen=True)
@@ -25,15 +34,17 @@ class Report:
     records: int
     ties: int
     broken: int
-    broken_rows: tuple[BrokenRow, ...]
+    broken_rows: tuple[BrokenRow, ...]  # the first `NAMED`
     reasons: dict[str, int]
-    duplicate_prompts: int
+    prompts: int  # different ones
+    duplicate_prompts: int  # records whose prompt has been there before
     long_prompts: int
     images_per_record: dict[int, int]
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # "width x height" of a file, most frequent first
 
     @property
     def usable(self) -> bool:
+        """Whether there is a record with a preference."""
         return self.records > self.ties
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,15 +54,20 @@ class Report:
     def render(self) -> str:
         """For people."""
         common = ", ".join(f"{size} ({n})" for size, n in list(self.sizes.items())[:5])
+        more = f" and {len(self.sizes) - 5} more sizes" if len(self.sizes) > 5 else ""
         lines = [
             f"{self.path}: {self.schema}",
             f"  {self.records} records, {self.ties} ties, {self.broken} broken rows",
-            f"  {self.duplicate_prompts} records repeat a prompt; {self.long_prompts} prompts are longer than 77 tokens",
-            f"  picture sizes: {common or 'none'}",
+            f"  {self.prompts} different prompts; {self.duplicate_prompts} records repeat one",
+            f"  picture sizes: {common or 'none'}{more}",
+            *(f"  {n} records of {images} pictures" for images, n in self.images_per_record.items() if images > 2),
             *(f"  broken: {row.source}: {row.reason}" for row in self.broken_rows),
         ]
+        if self.long_prompts:
+            lines.insert(3, f"  {self.long_prompts} prompts are longer than the {READ_LENGTH} tokens that a CLIP text "
+                            f"encoder reads: their ends are cut off")  # fmt: skip
         if self.broken > len(self.broken_rows):
-            lines.append(f"  ... and {self.broken - len(self.broken_rows)} more")
+            lines.append(f"  ... and {self.broken - len(self.broken_rows)} more broken rows")
         lines.append("  usable" if self.usable else "  NOT USABLE: no record with a preference")
         return "\n".join(lines)
 
@@ -63,24 +79,31 @@ def sniff(path: str) -> str:
         ValueError: nothing fits.
     """
     place = Path(path)
-    if place.is_dir():
-        inside = {f.name for f in place.iterdir()}
-        for name, found in (
-            ("folders", any((h / "w").is_dir() and (h / "l").is_dir() for h in (place, *place.glob("*/")))),
-            ("jsonl", "metadata.jsonl" in inside),
-            ("webdataset", any(n.endswith(".tar") for n in inside)),
-            ("hpdv2", "train.json" in inside),
-            ("pickapic", "dataset_info.json" in inside or "dataset_dict.json" in inside or any(place.rglob("*.parquet"))),
-        ):
-            if found:
-                return name
-    suffixes = {".jsonl": "jsonl", ".parquet": "pickapic", ".json": "hpdv2", ".tar": "webdataset"}
-    if place.is_file() and place.suffix in suffixes:
-        return suffixes[place.suffix]
+    if not place.exists() and path == SHIPPED:
+        return "pickapic"
     if not place.exists():
         raise ValueError(f"{path}: no such file or folder; a hub id is checked with --name pickapic")
-    raise ValueError(f"{path}: expected one of the layouts {', '.join(DATASETS)}, and it looks like none of them; "
-                     f"name it with --name")  # fmt: skip
+    if place.is_dir():
+        found = _sniff_folder(place)
+    else:
+        found = "webdataset" if place.name.endswith(SHARDS) else SUFFIXES.get(place.suffix)
+    if found is None:
+        raise ValueError(f"{path}: expected one of the layouts {', '.join(DATASETS)}, and it looks like none of them; "
+                         f"name it with --name")  # fmt: skip
+    return found
+
+
+def _sniff_folder(place: Path) -> str | None:
+    inside = {file.name for file in place.iterdir()}
+    if any((home / "w").is_dir() and (home / "l").is_dir() for home in (place, *place.glob("*/"))):
+        return "folders"
+    if "metadata.jsonl" in inside or sum(name.endswith(".jsonl") for name in inside) == 1:
+        return "jsonl"
+    if find_shards(place):
+        return "webdataset"
+    if inside & {"dataset_info.json", "dataset_dict.json"} or any(place.rglob("*.parquet")):
+        return "pickapic"
+    return "hpdv2" if inside & {"train.json", "test.json"} else None
 
 
 def check(
@@ -89,7 +112,10 @@ def check(
     """Reads a whole data set, decodes every picture, and counts what it finds.
 
     Args:
-        count_tokens: length of a prompt; by default its words and punctuation marks are counted.
+        name: a row of DATASETS; found out by `sniff` if not given.
+        max_rows: look at so many rows only.
+        count_tokens: the length of a prompt. Without it, words are counted, start and end added: an estimate that is
+            too low for rare words, and never too high.
 
     Raises:
         ValueError: the layout as a whole is not what it says it is.
@@ -102,14 +128,11 @@ def check(
     broken: list[BrokenRow] = []
     ties = 0
     length = count_tokens or (lambda text: len(text.split()) + 2)
-    for index, row in enumerate(rows):
-        if max_rows is not None and index >= max_rows:
-            break
-        row, found = _sizes(row)
+    for row in checked(itertools.islice(rows, max_rows)):
         if isinstance(row, BrokenRow):
             broken.append(row)
             continue
-        sizes.update(found)
+        sizes.update("x".join(map(str, Image.open(io.BytesIO(image.read())).size)) for image in row.images)
         prompts[row.prompt] += 1
         images[len(row.images)] += 1
         ties += row.tie
@@ -121,18 +144,9 @@ def check(
         broken=len(broken),
         broken_rows=tuple(broken[:NAMED]),
         reasons=dict(Counter(row.reason for row in broken).most_common()),
-        duplicate_prompts=sum(n - 1 for n in prompts.values()),
-        long_prompts=sum(length(p) > 77 for p in prompts),
-        images_per_record=dict(images),
+        prompts=len(prompts),
+        duplicate_prompts=prompts.total() - len(prompts),
+        long_prompts=sum(length(prompt) > READ_LENGTH for prompt in prompts),
+        images_per_record=dict(sorted(images.items())),
         sizes=dict(sizes.most_common()),
     )
-
-
-def _sizes(row: Row) -> tuple[Row, list[str]]:
-    if isinstance(row, BrokenRow):
-        return row, []
-    try:
-        pictures = [decode(source.read(), row.source) for source in row.images]
-    except ValueError as error:
-        return BrokenRow(row.source, str(error).removeprefix(f"{row.source}: ")), []
-    return row, [f"{p.width}x{p.height}" for p in pictures]

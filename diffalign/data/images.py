@@ -1,44 +1,69 @@
-"""Image files to training pixels: decoding that loses nothing silently, one resize, one crop and one flip for a pair."""
+"""Image files to training pixels: decoding that hides no damage, one resize, one crop and one flip for a pair."""
 
 from __future__ import annotations
 
 import io
-import warnings
+import struct
+import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
+
+LARGEST = 89_478_485  # pixels; beyond, a small file may be made to fill the memory (Pillow's own limit for a warning)
+# what Pillow's decoders raise on damaged files
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+           struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
 
 
 def decode(data: bytes, source: str) -> Image.Image:
     """An RGB picture of a file's bytes: EXIF orientation applied, CMYK and palettes converted, alpha put on white.
 
-    16-bit and float pictures are scaled to 8 bits, not cut.
+    16-bit and float pictures are scaled to 8 bits, not cut. Color profiles are not applied.
 
     Raises:
-        ValueError: not an image, truncated, animated, or so large that it may be an attack; the message names `source`.
+        ValueError: not an image, truncated, animated (or of several pages), or so large that it may be an attack; the
+            message names `source`.
     """
+    if not data:
+        raise ValueError(f"{source}: the image is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"{source}: an animated {image.format} where a still picture was expected")
-            image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{source}: not a readable image, or a truncated one ({error})") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source}: {error}") from error
-    return _to_rgb(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(data))
+        size, several = image.size, _has_several_frames(image)
+        if size[0] * size[1] <= LARGEST and not several:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except DAMAGED as error:
+        raise ValueError(f"{source}: not a readable image, or a truncated one ({_one_line(error)})") from error
+    if several:
+        raise ValueError(f"{source}: an animated {image.format} (or one of several pages) where a still picture was "
+                         f"expected")  # fmt: skip
+    raise ValueError(f"{source}: {size[0]} x {size[1]} pixels are more than the {LARGEST} that are safe to decode")
+
+
+def _has_several_frames(image: Image.Image) -> bool:
+    if image.format == "MPO":  # a JPEG with a preview behind it, as many cameras write: the first frame is the picture
+        return False
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).partition(" <_io")[0].strip()  # Pillow names its buffer, which means nothing to a reader
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(1.0, float(values.max()))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = float(values.max())
+        top = 65535.0 if highest <= 65535 else 2.0**31 - 1  # 16 bits are often held in a wider type
+        top = max(1.0, highest) if image.mode == "F" else top
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
@@ -50,8 +75,8 @@ def resize_and_crop(
 ) -> Tensor:
     """uint8 [3, height, width]: resized to cover `size` = (height, width) without distortion, cropped, maybe flipped.
 
-    `crop` in [0, 1]^2 says where in the surplus the crop lies (0.5 is the center), so one pair of numbers means the same
-    for two pictures of different sizes.
+    `crop` in [0, 1]^2 = (vertical, horizontal) says where in the surplus the crop lies (0.5 is the center), so one pair
+    of numbers means the same for two pictures of different sizes.
     """
     height, width = size
     scale = max(height / image.height, width / image.width)
@@ -65,7 +90,11 @@ def resize_and_crop(
 
 
 def bucket(width: int, height: int, resolution: int, step: int = 64, limit: float = 2.0) -> tuple[int, int]:
-    """(height, width) near resolution^2 pixels, multiples of `step`, with about the aspect of a picture up to `limit`."""
+    """(height, width) near resolution^2 pixels, multiples of `step`, with about the aspect of a picture up to `limit`.
+
+    >>> bucket(1920, 1080, 512)
+    (384, 704)
+    """
     aspect = min(max(width / height, 1 / limit), limit)
     target_height = max(step, round(resolution / aspect**0.5 / step) * step)
     return target_height, max(step, round(resolution * aspect**0.5 / step) * step)

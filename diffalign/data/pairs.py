@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.data import DATASETS
 from diffalign.data.images import bucket, decode, resize_and_crop
-from diffalign.data.records import BrokenRow, PreferenceRecord, Row
-from diffalign.table import build, split_section
+from diffalign.data.options import TIES, Framing, PairOptions, parse_section
+from diffalign.data.records import BrokenRow, ImageSource, PreferenceRecord, Row
+from diffalign.table import build
 
 log = logging.getLogger("diffalign")
 
-TIES = ("drop", "half", "random")
-SPLIT_KEYS = ("tie", "val_fraction", "max_pairs", "buckets", "split_seed")
+NAMED = 20  # broken rows that are named one by one in the log
+MEMORY = 8 << 30  # bytes of streamed pictures that a set of pairs may hold
+CHUNK = 64  # records that are decoded at a time, by as many threads as there are cores
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,28 @@ class View:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, its winner and loser, the view that both share, and P(the winner is the better one): 1, or 0.5 for a tie."""
+    """Two pictures of a record, the view that both share, and P(the winner is the better one): 1, or 1/2 for a tie."""
 
     record: PreferenceRecord
     view: View
     label: float
-    swapped: bool = False  # a tie broken at random may make the second picture the winner
+    winner: int  # indices of record.images
+    loser: int
 
     @property
     def prompt(self) -> str:
         return self.record.prompt
 
-    def keys(self) -> tuple[str, str]:
-        """Cache keys of winner and loser: the file's bytes and the view."""
-        winner, loser = (f"{source.sha256}/{self.view}" for source in self._sources())
+    @property
+    def sources(self) -> tuple[ImageSource, ImageSource]:
+        """Winner and loser."""
+        return self.record.images[self.winner], self.record.images[self.loser]
+
+    def cache_keys(self) -> tuple[str, str]:
+        """Of winner and loser: the file's bytes and the view."""
+        (height, width), (vertical, horizontal) = self.view.size, self.view.crop
+        view = f"{height}x{width} crop {vertical!r},{horizontal!r} flip {self.view.flip:d}"
+        winner, loser = (f"{source.sha256} {view}" for source in self.sources)
         return winner, loser
 
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -55,20 +69,17 @@ class Pair:
         Raises:
             ValueError: a picture that cannot be read; the pair is to be dropped whole.
         """
-        views = [
-            resize_and_crop(decode(source.read(), self.record.source), self.view.size, self.view.crop, self.view.flip)
-            for source in self._sources()
-        ]
-        return views[0], views[1]
-
-    def _sources(self) -> tuple:  # type: ignore[type-arg]
-        winner, loser = self.record.winner_loser()
-        return (loser, winner) if self.swapped else (winner, loser)
+        view = self.view
+        winner, loser = (
+            resize_and_crop(decode(source.read(), self.record.source), view.size, view.crop, view.flip)
+            for source in self.sources
+        )
+        return winner, loser
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Usable pairs of both splits, and the count of everything that was left out."""
+    """Usable pairs of both splits, and the count of everything that was left out. Pictures stay where they are."""
 
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...]
@@ -78,8 +89,8 @@ class Pairs:
 
     def summary(self) -> str:
         """One line for the log: what is there, what was dropped, what happened to ties."""
-        did = {"drop": "dropped", "half": "kept with label 1/2", "random": "broken at random"}[self.tie_policy]
-        text = f"{len(self.train)} training and {len(self.validation)} validation pairs; {self.ties} ties {did}"
+        text = f"{len(self.train)} training and {len(self.validation)} validation pairs; {self.ties} ties "
+        text += TIES[self.tie_policy]
         if self.broken:
             first = self.broken[0]
             text += f"; {len(self.broken)} broken rows dropped, the first {first.source}: {first.reason}"
@@ -87,74 +98,133 @@ class Pairs:
 
 
 def load_pairs(
-    section: dict,  # type: ignore[type-arg]
+    section: Mapping[str, Any],
     resolution: int,
     *,
     random_crop: bool = False,
     random_flip: bool = False,
     seed: int = 0,
 ) -> Pairs:
-    """Reads a `data` section of a config: a row of DATASETS with its keywords, and these of every data set:
+    """Reads a `data` section of a config: a row of DATASETS with its keywords, and those of `PairOptions`.
 
-        tie: drop (default) | half | random     val_fraction: share of *prompts* held out (0.05)
-        max_pairs: read no more than so many    buckets: true for aspect-ratio buckets instead of square crops
-        split_seed: of the split by prompt, and of ties broken at random (0)
-
-    Every picture is decoded once here, so that a broken row is known, and dropped whole, before training starts.
+    Every picture is decoded once here, so that a broken row is known, and dropped whole, before training starts. What
+    stays in memory is light (prompts, labels, hashes), but for the pictures of a stream.
 
     Raises:
-        ValueError: nothing usable, or a bad keyword.
+        ValueError: nothing usable, a bad keyword, or a stream that is too large to be held.
     """
-    name, keywords = split_section(section, "data")
-    options = {key: keywords.pop(key) for key in SPLIT_KEYS if key in keywords}
-    tie = options.get("tie", "drop")
-    if tie not in TIES:
-        raise ValueError(f"data.tie: expected one of {', '.join(TIES)}, got {tie!r}")
-    limit, split_seed = options.get("max_pairs"), options.get("split_seed", 0)
-    records, broken = collect(build(DATASETS, {"name": name, **keywords}, what="data"), limit)
-    usable, ties = _apply_tie_policy(records, tie, split_seed)
-    views = [_view(r, resolution, bool(options.get("buckets")), random_crop, random_flip, seed) for r, _, _ in usable]
-    pairs = [Pair(r, v, label, swapped) for (r, label, swapped), v in zip(usable, views, strict=True)]
-    held_out = held_out_prompts([p.prompt for p in pairs], float(options.get("val_fraction", 0.05)), split_seed)
-    train = tuple(p for p in pairs if p.prompt not in held_out)
-    if not train:
-        reasons = Counter(row.reason for row in broken).most_common(1)
-        raise ValueError(f"data {name!r}: no usable training pair; {len(records)} readable records, {ties} ties "
-                         f"({tie}), {len(broken)} broken rows{': ' + reasons[0][0] if reasons else ''}")  # fmt: skip
-    return Pairs(train, tuple(p for p in pairs if p.prompt in held_out), ties, tie, tuple(broken))
-
-
-def collect(rows: Iterable[Row], limit: int | None = None) -> tuple[list[PreferenceRecord], list[BrokenRow]]:
-    """Readable records, and broken rows with those whose pictures do not decode; stops at `limit` records."""
-    records: list[PreferenceRecord] = []
+    options, reader = parse_section(section)
+    framing = Framing(resolution, random_crop, random_flip, seed)
+    pairs: list[Pair] = []
     broken: list[BrokenRow] = []
-    for row in rows:
-        if isinstance(row, PreferenceRecord):
-            row = checked(row)
+    ties = records = held = 0
+    for row in checked(build(DATASETS, reader, what="data")):
         if isinstance(row, BrokenRow):
             broken.append(row)
             continue
-        records.append(row)
-        if limit is not None and len(records) >= limit:
+        records += 1
+        ties += row.tie
+        made = make_pairs(row, options, framing)
+        pairs += made
+        held += sum(len(image.content) for image in row.images if made and isinstance(image.content, bytes))
+        if options.max_pairs and len(pairs) >= options.max_pairs:
             break
-    return records, broken
+        if held > MEMORY:
+            raise ValueError(f"data {reader['name']!r}: the pictures of {len(pairs)} streamed pairs fill "
+                             f"{MEMORY >> 30} GiB of memory; set data.max_pairs, or download the files and give their "
+                             f"folder")  # fmt: skip
+    pairs = pairs[: options.max_pairs]
+    _name_broken(broken)
+    if not pairs:
+        reasons = Counter(row.reason for row in broken).most_common(1)
+        why = f": {reasons[0][0]}" if reasons else ""
+        raise ValueError(f"data {reader['name']!r}: no usable training pair; {records} readable records, {ties} ties "
+                         f"({options.tie}), {len(broken)} broken rows{why}")  # fmt: skip
+    held_out = held_out_prompts([pair.prompt for pair in pairs], options.val_fraction, options.split_seed)
+    train = tuple(pair for pair in pairs if pair.prompt not in held_out)
+    return Pairs(train, tuple(pair for pair in pairs if pair.prompt in held_out), ties, options.tie, tuple(broken))
 
 
-def checked(record: PreferenceRecord) -> Row:
-    """The record, or a broken row if any of its pictures cannot be read."""
+def iterate_pairs(section: Mapping[str, Any], framing: Framing) -> Iterator[Pair | BrokenRow]:
+    """The pairs of a `data` section one by one, in the order of the file, without holding any: for data sets that fit
+    neither memory nor disk. There is no split; `max_pairs` is kept to.
+
+    Raises:
+        ValueError: a bad keyword, or a layout that is not what it says it is.
+    """
+    options, reader = parse_section(section)
+    left = options.max_pairs
+    for row in checked(build(DATASETS, reader, what="data")):
+        if isinstance(row, BrokenRow):
+            yield row
+            continue
+        made = make_pairs(row, options, framing)[:left]
+        yield from made
+        left = None if left is None else left - len(made)
+        if left == 0:
+            return
+
+
+def make_pairs(record: PreferenceRecord, options: PairOptions, framing: Framing) -> list[Pair]:
+    """The training pairs of a readable record: none for a tie that is dropped, several for a ranking with "all"."""
+    pairs = []
+    for winner, loser in record.comparisons(options.ranking):
+        tie = record.scores[winner] == record.scores[loser]
+        if tie and options.tie == "drop":
+            continue
+        # draws follow from the content, not from the place in a file: every layout of the same pairs gives the same
+        content = f"{record.prompt}/{record.images[winner].sha256}/{record.images[loser].sha256}"
+        if tie and options.tie == "random" and random.Random(f"tie/{options.split_seed}/{content}").random() < 0.5:
+            winner, loser = loser, winner
+        label = 0.5 if tie and options.tie == "half" else 1.0
+        size = _size(record, record.images[winner], options.bucket_step, framing.resolution)
+        rng = random.Random(f"view/{framing.seed}/{content}")
+        crop, flip = (rng.random(), rng.random()), rng.random() < 0.5
+        view = View(size, crop if framing.random_crop else (0.5, 0.5), framing.random_flip and flip)
+        pairs.append(Pair(record, view, label, winner, loser))
+    return pairs
+
+
+def _size(record: PreferenceRecord, winner: ImageSource, step: int, resolution: int) -> tuple[int, int]:
+    """(height, width): with buckets that of the winner, for both members."""
+    if not step:
+        return resolution, resolution
+    picture = decode(winner.read(), record.source)
+    return bucket(picture.width, picture.height, resolution, step)
+
+
+def checked(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows in their order, with a broken row in place of a record of which any picture cannot be read and decoded."""
+    rows = iter(rows)
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            yield from pool.map(_checked, chunk)
+
+
+def _checked(row: Row) -> Row:
+    if isinstance(row, BrokenRow):
+        return row
     try:
-        for source in record.images:
-            decode(source.read(), record.source)
+        for number, image in enumerate(row.images):
+            decode(image.read(), f"image {number}")
+            _ = image.sha256  # computed, and kept, while the bytes are near
     except ValueError as error:
-        return BrokenRow(record.source, str(error).removeprefix(f"{record.source}: "))
-    return record
+        return BrokenRow(row.source, str(error))
+    return row
 
 
 def held_out_prompts(prompts: Sequence[str], fraction: float, seed: int) -> frozenset[str]:
-    """A share of the distinct prompts; by prompt and not by row, or validation would have been trained on."""
-    distinct = sorted(set(prompts))
-    random.Random(f"held-out/{seed}").shuffle(distinct)
-    return frozenset(distinct[: round(fraction * len(distinct))])
+    """The prompts of the validation split: by prompt and not by row, or the same prompt would be in both.
+
+    Prompts that differ in case or spaces alone go together. Which are held out depends on their hashes, not on their
+    order; at least one is left to train on.
+    """
+    groups: dict[str, set[str]] = {}
+    for prompt in prompts:
+        groups.setdefault(" ".join(prompt.casefold().split()), set()).add(prompt)
+    ranked = sorted(groups, key=lambda text: hashlib.sha256(f"held-out/{seed}/{text}".encode()).digest())
+    chosen = ranked[: min(round(fraction * len(ranked)), len(ranked) - 1)]
+    return frozenset(prompt for text in chosen for prompt in groups[text])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -163,28 +233,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def _apply_tie_policy(
-    records: list[PreferenceRecord], tie: str, seed: int
-) -> tuple[list[tuple[PreferenceRecord, float, bool]], int]:
-    usable = []
-    ties = 0
-    for index, record in enumerate(records):
-        if not record.tie:
-            usable.append((record, 1.0, False))
-            continue
-        ties += 1
-        if tie == "half":
-            usable.append((record, 0.5, False))
-        elif tie == "random":
-            usable.append((record, 1.0, random.Random(f"tie/{seed}/{index}").random() < 0.5))
-    return usable, ties
-
-
-def _view(record: PreferenceRecord, resolution: int, buckets: bool, crop: bool, flip: bool, seed: int) -> View:
-    size = (resolution, resolution)
-    if buckets:  # both members in one bucket: that of the winner
-        picture = decode(record.winner_loser()[0].read(), record.source)
-        size = bucket(picture.width, picture.height, resolution)
-    rng = random.Random(f"view/{seed}/{record.source}")
-    where = (rng.random(), rng.random()) if crop else (0.5, 0.5)
-    return View(size, where, flip and rng.random() < 0.5)
+def _name_broken(broken: Sequence[BrokenRow]) -> None:
+    for row in broken[:NAMED]:
+        log.warning("dropped %s: %s", row.source, row.reason)
+    if len(broken) > NAMED:
+        log.warning("... and %d more broken rows", len(broken) - NAMED)

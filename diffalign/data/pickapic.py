@@ -1,9 +1,12 @@
-"""Pick-a-Pic v2's schema: jpg_0, jpg_1, label_0, caption ... from parquet, a `datasets` folder, or the hub (streamed)."""
+"""Pick-a-Pic v2's schema (jpg_0, jpg_1, label_0, caption ...): parquet, a `datasets` folder, or the hub, streamed."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +15,189 @@ from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, ma
 
 SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+OPTIONAL = ("label_1", "has_label", "user_id")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_pickapic(path: str, split: str = "train", max_rows: int | None = None) -> Iterator[Row]:
     """Rows of Pick-a-Pic v2 (yuvalkirstain/pickapic_v2) or of data in its columns; label_0 is 1, 0, or 0.5 for a tie.
 
+    Pictures of files on disk are read again when they are needed, a row group at a time, and not kept in memory; those
+    of a stream are kept by whoever keeps the record.
+
     Args:
-        path: "shapes-pairs", the pairs that ship; a parquet file, a folder of them, a folder of `datasets.save_to_disk`, or a hub id, which is streamed: the
-            train split is 322 GB.
+        path: "shapes-pairs", the pairs that ship; a parquet file, a folder of them, a folder of
+            `datasets.save_to_disk`, or a hub id, which is streamed: the train split is 322 GB.
         split: of a hub id or a saved DatasetDict.
         max_rows: stop after so many rows.
 
     Raises:
         ValueError: not there, or without the columns, or a label_0 column of the wrong type.
     """
-    rows = _rows(path, split)
-    for index, row in enumerate(itertools.islice(rows, max_rows)):
-        source = f"{Path(path).name} row {index}"
-        if index == 0 and (missing := [c for c in COLUMNS if c not in row]):
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} of Pick-a-Pic, {', '.join(missing)} "
-                             f"missing; found {', '.join(row)}")  # fmt: skip
-        yield _record(row, source)
+    for row in itertools.islice(_rows(path, split), max_rows):
+        yield row if isinstance(row, BrokenRow) else _record(*row)
 
 
-def _record(row: Mapping[str, Any], source: str) -> Row:
-    scores = label_scores(row["label_0"], source)
-    data = [row["jpg_0"], row["jpg_1"]]
-    # a column that `datasets` decodes as images comes as {"bytes": ..., "path": ...}
-    data = [one.get("bytes") if isinstance(one, Mapping) else one for one in data]
-    if not all(isinstance(one, bytes) and one for one in data):
+@dataclass(frozen=True)
+class ParquetCell:
+    """One value of a parquet file."""
+
+    file: Path
+    group: int
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            ValueError: the file is gone, or has changed.
+        """
+        value = _bytes(_row_group(self.file, self.group)[self.column][self.row].as_py())
+        if value is None:
+            raise ValueError(f"{self.file} has changed: row {self.row} of group {self.group} has no {self.column} now")
+        return value
+
+
+@dataclass(frozen=True)
+class ArrowCell:
+    """One value of a folder of `datasets.save_to_disk`, which is mapped into memory."""
+
+    table: Any
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        """The bytes; b"" if there are none."""
+        return _bytes(self.table[self.row][self.column]) or b""
+
+
+NumberedRow = tuple[str, Mapping[str, Any], tuple[ImageSource, ImageSource]]  # source, values, pictures
+
+
+def _record(source: str, row: Mapping[str, Any], images: tuple[ImageSource, ImageSource]) -> Row:
+    if row.get("has_label") is False:
+        return BrokenRow(source, "has_label is false: nobody has judged this pair")
+    if not all(_bytes(row[column]) for column in ("jpg_0", "jpg_1")):
         return BrokenRow(source, "jpg_0 or jpg_1 is empty")
+    try:
+        scores = label_scores(row["label_0"])
+    except ValueError as error:
+        return BrokenRow(source, str(error))
+    if row.get("label_1") is not None and row["label_1"] != scores[1]:
+        return BrokenRow(source, f"label_0 {row['label_0']!r} and label_1 {row['label_1']!r} contradict each other")
     user = None if row.get("user_id") is None else str(row["user_id"])
-    return make_record(source, row["caption"], [ImageSource(one) for one in data], list(scores), user=user)
+    return make_record(source, row["caption"], images, scores, user=user)
 
 
-def _rows(path: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:
     place = asset("shapes-pairs.parquet") if path == SHIPPED and not Path(path).exists() else Path(path)
-    files = [place] if place.is_file() else sorted(place.rglob("*.parquet")) if place.is_dir() else []
-    if files and not (place / "dataset_info.json").exists():
+    if place.is_dir() and ((place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists()):
+        return _saved_rows(place, split)
+    if place.is_file():
+        return _parquet_rows([place])
+    if place.is_dir():
+        files = sorted(place.rglob("*.parquet"))
+        if not files:
+            raise ValueError(f"{path}: expected parquet files or a folder of datasets.save_to_disk, found neither")
         return _parquet_rows(files)
-    return _datasets_rows(path, split)
+    if not HUB_ID.fullmatch(path) or place.suffix in (".parquet", ".arrow"):
+        raise ValueError(f"{path}: no such file or folder")
+    return _streamed_rows(path, split)
 
 
-def _parquet_rows(files: list[Path]) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for file in files:
+        index = 0
         try:
-            table = pq.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{file}: not a readable parquet file ({error})") from error
+            opened = pq.ParquetFile(file)
+            _check_columns(str(file), {field.name: str(field.type) for field in opened.schema_arrow})
+            for group in range(opened.num_row_groups):
+                for number, row in enumerate(_row_group(file, group).to_pylist()):
+                    cells = [ImageSource(ParquetCell(file, group, number, column)) for column in ("jpg_0", "jpg_1")]
+                    yield f"{file.name} row {index}", row, (cells[0], cells[1])
+                    index += 1
+        except (OSError, pa.ArrowException) as error:  # the other files may be whole
+            yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({_first_line(error)})")
 
 
-def _datasets_rows(path: str, split: str) -> Iterator[Mapping[str, Any]]:
+@functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
+def _row_group(file: Path, group: int) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        opened = pq.ParquetFile(file)
+        columns = [name for name in (*COLUMNS, *OPTIONAL) if name in opened.schema_arrow.names]
+        return opened.read_row_group(group, columns=columns)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is gone") from error
+    except (OSError, IndexError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: row group {group} is not readable ({_first_line(error)})") from error
+
+
+def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
     import datasets
 
     try:
-        if Path(path).is_dir():
-            loaded = datasets.load_from_disk(path)
-            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(path, split=split, streaming=True)
-        columns = loaded.features or {}
-        images = [c for c in ("jpg_0", "jpg_1") if isinstance(columns.get(c), datasets.Image)]
-        for column in images:  # bytes, not decoded pictures: they are the key of the cache
-            loaded = loaded.cast_column(column, datasets.Image(decode=False))
-        yield from loaded
-    except (OSError, KeyError, ValueError, ConnectionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: neither parquet, nor a folder of datasets.save_to_disk with a split {split!r}, nor a "
-                         f"data set that can be had from the hub ({first})") from error  # fmt: skip
+        table = datasets.load_from_disk(str(place))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{place}: not a readable folder of datasets.save_to_disk ({_first_line(error)})") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise ValueError(f"{place}: no split {split!r}; set data.split to one of {', '.join(sorted(table))}")
+        table = table[split]
+    _check_columns(str(place), {name: str(feature.dtype) for name, feature in table.features.items()})
+    table = _undecoded(table)
+    for index in range(len(table)):
+        cells = [ImageSource(ArrowCell(table, index, column)) for column in ("jpg_0", "jpg_1")]
+        yield f"{place.name} row {index}", table[index], (cells[0], cells[1])
+
+
+def _streamed_rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:
+    import datasets
+
+    try:
+        stream = _undecoded(datasets.load_dataset(path, split=split, streaming=True))
+        for index, row in enumerate(stream):
+            if index == 0:
+                _check_columns(path, {name: type(value).__name__ for name, value in row.items()})
+            pictures = [ImageSource(_bytes(row[column]) or b"") for column in ("jpg_0", "jpg_1")]
+            yield f"{path} row {index}", row, (pictures[0], pictures[1])
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: no such file or folder, and no data set with a split {split!r} that can be had from "
+                         f"the hub ({_first_line(error)})") from error  # fmt: skip
+
+
+def _undecoded(table: Any) -> Any:
+    """With image columns as their bytes, not as decoded pictures: the bytes are the key of the cache."""
+    import datasets
+
+    for column in ("jpg_0", "jpg_1"):
+        if isinstance((table.features or {}).get(column), datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _check_columns(path: str, types: Mapping[str, str]) -> None:
+    """Raises ValueError for a table that is not in this schema, so that not every single row has to be refused."""
+    if missing := [name for name in COLUMNS if name not in types]:
+        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} of Pick-a-Pic, {', '.join(missing)} "
+                         f"missing; found {', '.join(types)}")  # fmt: skip
+    if not types["label_0"].startswith(("float", "double", "half", "int", "uint")):
+        raise ValueError(f"{path}: expected numbers in column label_0 (1 image 0 wins, 0 image 1 wins, 0.5 tie), its "
+                         f"type is {types['label_0']}")  # fmt: skip
+
+
+def _bytes(cell: Iterable[Any] | None) -> bytes | None:
+    """A cell's bytes: a column of `datasets` images comes as {"bytes": ..., "path": ...}."""
+    value = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    return value if isinstance(value, bytes) else None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

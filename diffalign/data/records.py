@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
+
+
+class Stored(Protocol):
+    """Where the bytes of an image lie inside a larger file, such as a tar archive or a table."""
+
+    def read(self) -> bytes:
+        """The bytes; raises ValueError when they are not there any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """`size` bytes of a file from `offset` on: a member of an uncompressed tar archive."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            ValueError: the file is missing, or shorter than it was.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read ({error.strerror})") from error
+        if len(data) < self.size:
+            raise ValueError(f"{self.path} is truncated: expected {self.size} bytes at {self.offset}, got {len(data)}")
+        return data
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The bytes of an image file, or the path to read them from when they are needed."""
+    """The bytes of an image file, or where to read them when they are needed: a path, or a part of a larger file."""
 
-    content: bytes | Path
+    content: bytes | Path | Stored = field(repr=False)
 
     def read(self) -> bytes:
         """The file's bytes.
@@ -21,14 +58,16 @@ class ImageSource:
         """
         if isinstance(self.content, bytes):
             return self.content
+        if not isinstance(self.content, Path):
+            return self.content.read()
         try:
             return self.content.read_bytes()
         except OSError as error:
             raise ValueError(f"image {self.content} cannot be read ({error.strerror})") from error
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        """Of the file's bytes: what caches are keyed by."""
+        """Of the file's bytes: what caches are keyed by. Read once, so that training never goes back to the files."""
         return hashlib.sha256(self.read()).hexdigest()
 
 
@@ -37,11 +76,14 @@ class PreferenceRecord:
     """One prompt, two or more pictures (or clips) of it, and what was preferred.
 
     Attributes:
-        scores: one per image, higher is better; equal scores are a tie. A label of 1 against 0 is (1.0, 0.0).
+        scores: one per image, finite, higher is better; equal scores are a tie. A label of 1 against 0 is (1.0, 0.0).
         source: where the row came from, for messages: "train.parquet row 17".
+        user: who preferred (personalization).
         prompt_loser: the loser's own caption, when the members of a pair have two (DCPO).
         segments: one label in {-1, 0, 1} per temporal segment of a clip pair (DenseDPO).
-        user: who preferred (personalization).
+
+    Raises:
+        ValueError: an empty caption, fewer than two images, a missing or non-finite score, another segment label.
     """
 
     prompt: str
@@ -55,9 +97,15 @@ class PreferenceRecord:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("the caption is empty")
+        if self.prompt_loser is not None and not self.prompt_loser.strip():
+            raise ValueError("prompt_loser is empty: give it a text, or leave it out")
         if len(self.images) < 2 or len(self.images) != len(self.scores):
             raise ValueError(f"expected two or more images with a score each, got {len(self.images)} and "
                              f"{len(self.scores)}")  # fmt: skip
+        if not all(math.isfinite(score) for score in self.scores):
+            raise ValueError(f"expected finite scores, got {list(self.scores)}")
+        if self.segments is not None and not set(self.segments) <= {-1, 0, 1}:
+            raise ValueError(f"expected segment labels of -1, 0 or 1, got {list(self.segments)}")
 
     @property
     def tie(self) -> bool:
@@ -66,8 +114,20 @@ class PreferenceRecord:
 
     def winner_loser(self) -> tuple[ImageSource, ImageSource]:
         """The best and the worst picture; for a tie the first and the last."""
-        order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])  # stable: a tie keeps its order
-        return self.images[order[0]], self.images[order[-1]]
+        [(winner, loser)] = self.comparisons("best_worst")
+        return self.images[winner], self.images[loser]
+
+    def comparisons(self, ranking: str) -> list[tuple[int, int]]:
+        """Pairs of indices (i, j) with scores[i] >= scores[j]: the best and the worst one, or all pairs of a ranking.
+
+        Args:
+            ranking: "best_worst" or "all".
+        """
+        # stable: among equals the earlier picture stays first
+        order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
+        if ranking == "best_worst":
+            return [(order[0], order[-1])]
+        return [(winner, loser) for place, winner in enumerate(order) for loser in order[place + 1 :]]
 
 
 @dataclass(frozen=True)
@@ -81,23 +141,40 @@ class BrokenRow:
 Row = PreferenceRecord | BrokenRow
 
 
-def make_record(source: str, prompt: object, images: list[ImageSource], scores: list[float], **extra: str | None) -> Row:
-    """A record, or the `BrokenRow` that says what is wrong with it."""
+def make_record(
+    source: str,
+    prompt: object,
+    images: Sequence[ImageSource],
+    scores: Sequence[float],
+    *,
+    user: str | None = None,
+    prompt_loser: object = None,
+    segments: object = None,
+) -> Row:
+    """A record of values as they come out of a file, or the `BrokenRow` that says what is wrong with them."""
     if not isinstance(prompt, str):
         return BrokenRow(source, f"expected the caption as text, got {prompt!r}")
+    if not isinstance(prompt_loser, str | None):
+        return BrokenRow(source, f"expected prompt_loser as text, got {prompt_loser!r}")
+    if segments is not None and not (isinstance(segments, list) and all(type(label) is int for label in segments)):
+        return BrokenRow(source, f"expected segments as a list of -1, 0 and 1, got {segments!r}")
+    labels = None if segments is None else tuple(segments)  # type: ignore[arg-type]
     try:
-        return PreferenceRecord(prompt, tuple(images), tuple(scores), source, user=extra.get("user"),
-                                prompt_loser=extra.get("prompt_loser"))  # fmt: skip
+        return PreferenceRecord(prompt.strip(), tuple(images), tuple(scores), source, user=user,
+                                prompt_loser=prompt_loser, segments=labels)  # fmt: skip
     except ValueError as error:
         return BrokenRow(source, str(error))
 
 
-def label_scores(label: object, source: str) -> tuple[float, float]:
+def label_scores(label: object) -> tuple[float, float]:
     """(score of image 0, score of image 1) of a label_0: 1 the first wins, 0 the second, 0.5 a tie.
+
+    >>> label_scores(0)
+    (0.0, 1.0)
 
     Raises:
         ValueError: anything else; the column has the wrong type, or is not label_0 at all.
     """
     if isinstance(label, bool) or not isinstance(label, (int, float)) or label not in (0, 0.5, 1):
-        raise ValueError(f"{source}: expected label_0 to be 1 (image 0 wins), 0 (image 1 wins) or 0.5 (tie), got {label!r}")
+        raise ValueError(f"expected label_0 to be 1 (image 0 wins), 0 (image 1 wins) or 0.5 (tie), got {label!r}")
     return float(label), 1 - float(label)
