@@ -129,7 +129,9 @@ def _recognize(color: str, mask: Mask, window: tuple[slice, slice]) -> Seen:
     box = (window[1].start, window[0].start, window[1].stop, window[0].stop)
     overlaps = {shape: _overlap(mask, _template(shape, height, width)) for shape in SHAPES}
     best = max(overlaps, key=overlaps.__getitem__)
-    fits = overlaps[best] >= MIN_OVERLAP and max(height, width) <= MAX_ASPECT * min(height, width)
+    long, short = max(height, width), min(height, width)
+    # from edge to edge of the picture there is no outline to see: a picture filled with red is not a red square
+    fits = overlaps[best] >= MIN_OVERLAP and long <= MAX_ASPECT * short and long < WORKING_SIZE
     return Seen(color, best if fits else None, box, overlaps[best])
 
 
