@@ -195,5 +195,5 @@ def _checksum(entry: Entry) -> int:
     for name in sorted(entry):
         value = entry[name]
         total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
-        total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return total

@@ -15,7 +15,6 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import ddim_times, fingerprint, vae_decode, vae_moments, variance_preserving
 from diffalign.sampling import Condition
 
-
 log = logging.getLogger("diffalign")
 
 
@@ -62,7 +61,7 @@ class StableDiffusion(LatentPipeline):
         limit = pipe.tokenizer.model_max_length
         tokens = pipe.tokenizer(list(prompts), truncation=False, add_special_tokens=True).input_ids
         if long := [text for text, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]:
-            log.warning("%d of %d prompts are longer than the text encoder reads (%d tokens) and are cut, the first: %r",
+            log.warning("%d of %d prompts are longer than the text encoder reads (%d tokens) and are cut, such as %r",
                         len(long), len(prompts), limit, long[0][:80])  # fmt: skip
         ids = pipe.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"

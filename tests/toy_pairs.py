@@ -35,7 +35,10 @@ def rows(count: int = 4) -> list[tuple[str, bytes, bytes]]:
 
 def write(layout: str, folder: Path, count: int = 4) -> dict[str, object]:
     """Writes the pairs and returns the `data` section that reads them. Every other pair is stored loser first."""
-    return {"name": layout.split("-")[0] if layout != "saved-dataset" else "pickapic", **_WRITERS[layout](folder, count)}
+    return {
+        "name": layout.split("-")[0] if layout != "saved-dataset" else "pickapic",
+        **_WRITERS[layout](folder, count),
+    }
 
 
 def _jsonl(folder: Path, count: int) -> dict[str, object]:

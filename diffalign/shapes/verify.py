@@ -101,7 +101,7 @@ def _working_array(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32
     image = image.convert("RGB")
     if image.size != (WORKING_SIZE, WORKING_SIZE):
         image = image.resize((WORKING_SIZE, WORKING_SIZE), Image.Resampling.LANCZOS)
-    return np.asarray(image, dtype=np.float32) / 255
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def _color_of_pixels(rgb: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -111,7 +111,7 @@ def _color_of_pixels(rgb: NDArray[np.float32]) -> NDArray[np.int64]:
     decides which color and chroma decides where the edge is, on light and dark backgrounds alike.
     """
     hue, chroma = _hue_chroma(rgb)
-    palette_hue, palette_chroma = _hue_chroma(np.array([PALETTE[c] for c in COLORS], dtype=np.float32) / 255)
+    palette_hue, palette_chroma = _hue_chroma(np.array([PALETTE[c] for c in COLORS], dtype=np.float32) / np.float32(255))
     distance = np.abs((hue[..., None] - palette_hue + 0.5) % 1.0 - 0.5)
     nearest = distance.argmin(-1)
     return np.where(chroma > 0.5 * palette_chroma[nearest], nearest, -1)
@@ -124,7 +124,7 @@ def _hue_chroma(rgb: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[
     return hue, rgb.max(-1) - rgb.min(-1)
 
 
-def _recognize(color: str, mask: Mask, window: tuple[slice, slice]) -> Seen:
+def _recognize(color: str, mask: Mask, window: tuple[slice, ...]) -> Seen:
     height, width = mask.shape
     box = (window[1].start, window[0].start, window[1].stop, window[0].stop)
     overlaps = {shape: _overlap(mask, _template(shape, height, width)) for shape in SHAPES}
