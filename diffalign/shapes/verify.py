@@ -111,7 +111,9 @@ def _color_of_pixels(rgb: NDArray[np.float32]) -> NDArray[np.int64]:
     decides which color and chroma decides where the edge is, on light and dark backgrounds alike.
     """
     hue, chroma = _hue_chroma(rgb)
-    palette_hue, palette_chroma = _hue_chroma(np.array([PALETTE[c] for c in COLORS], dtype=np.float32) / np.float32(255))
+    palette_hue, palette_chroma = _hue_chroma(
+        np.array([PALETTE[c] for c in COLORS], dtype=np.float32) / np.float32(255)
+    )
     distance = np.abs((hue[..., None] - palette_hue + 0.5) % 1.0 - 0.5)
     nearest = distance.argmin(-1)
     return np.where(chroma > 0.5 * palette_chroma[nearest], nearest, -1)
