@@ -45,7 +45,7 @@ class Budget:
     overrides: tuple[str, ...]  # of both training configs
 
 
-FULL = Budget(600, 300, ())
+FULL = Budget(540, 270, ())
 QUICK = Budget(24, 12, ("max_train_steps=4", "data.max_pairs=64", "validation_prompts=[]"))
 
 
