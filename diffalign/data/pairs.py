@@ -26,6 +26,7 @@ log = logging.getLogger("diffalign")
 NAMED = 20  # broken rows that are named one by one in the log
 MEMORY = 8 << 30  # bytes of streamed pictures that a set of pairs may hold
 CHUNK = 64  # records that are decoded at a time, by as many threads as there are cores
+PROGRESS = 10_000  # rows between two lines of the log that say how far reading is
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def load_pairs(
     pairs: list[Pair] = []
     broken: list[BrokenRow] = []
     ties = records = held = 0
-    for row in checked(build(DATASETS, reader, what="data")):
+    for number, row in enumerate(checked(build(DATASETS, reader, what="data")), start=1):
+        if number % PROGRESS == 0:
+            log.info("data: %d rows read, %d of them broken", number, len(broken))
         if isinstance(row, BrokenRow):
             broken.append(row)
             continue

@@ -20,6 +20,7 @@ from PIL import Image
 from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.data import DATASETS
+from diffalign.data import pairs as pairs_module
 from diffalign.data.check import sniff
 from diffalign.data.pairs import Pairs, load_pairs
 from diffalign.data.records import BrokenRow, PreferenceRecord, Row
@@ -244,3 +245,14 @@ def test_hpdv2_ranks_are_better_when_lower(tmp_path: Path) -> None:
     found = read("hpdv2", tmp_path, split="test")
     assert isinstance(found[0], PreferenceRecord) and found[0].winner_loser()[0].read() == toy_pairs.rows(1)[0][1]
     assert [row.source for row in found[1:]] == ["test.json row 1", "test.json row 2"]
+
+
+def test_the_log_says_how_far_a_long_read_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pairs_module, "PROGRESS", 2)
+    with caplog.at_level("INFO", logger="diffalign"):
+        load(tmp_path / "data", "jsonl", 5)
+    assert [m for m in caplog.messages if "rows read" in m] == [
+        f"data: {n} rows read, 0 of them broken" for n in (2, 4)
+    ]
