@@ -109,7 +109,9 @@ class Shards:
         entries = {key: entries[key] for key in self.missing(entries)}
         if not entries:
             return
-        flat = {f"{key}:{name}": t.contiguous() for key, entry in entries.items() for name, t in entry.items()}
+        # copies, because the format refuses tensors that share memory
+        flat = {f"{key}:{name}": t.clone(memory_format=torch.contiguous_format)
+                for key, entry in entries.items() for name, t in entry.items()}  # fmt: skip
         index = {key: (_checksum(entry), sorted(entry)) for key, entry in entries.items()}
         name = uuid.uuid4().hex[:12]
         partial = self.folder / f"{name}.partial"

@@ -224,3 +224,9 @@ def test_a_picture_that_goes_missing_later_is_named(tmp_path: Path) -> None:
     (tmp_path / "0b.png").unlink()
     with pytest.raises(ValueError, match="0b.png cannot be read"):
         pairs.train[0].pixels()
+
+
+def test_a_reader_of_ones_own_is_named_by_its_path(tmp_path: Path) -> None:
+    section = with_ties(tmp_path)
+    named = load_pairs({**section, "name": "diffalign.data.readers:read_jsonl"}, 32)
+    assert named.train == load_pairs(section, 32).train
