@@ -26,10 +26,9 @@ PICKAPIC_COLUMNS = {
 }  # fmt: skip
 
 
-def asset_or_skip(root: Path, name: str, made_by: str) -> Path:
+def shipped(root: Path, name: str, made_by: str) -> Path:
     path = root / "assets" / name
-    if not path.exists():
-        pytest.skip(f"assets/{name} is not there: it is made by python -m diffalign.shapes.{made_by}")
+    assert path.exists(), f"assets/{name} is not there: it is made by python -m diffalign.shapes.{made_by}"
     return path
 
 
@@ -48,7 +47,7 @@ def dtypes(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def tiny_sd(root: Path) -> Path:
-    return asset_or_skip(root, "tiny-sd", "train_sd")
+    return shipped(root, "tiny-sd", "train_sd")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +110,7 @@ def test_the_stock_pipeline_draws_heldout_captions_about_as_often_as_measured(st
 
 
 def test_tiny_clip_is_a_stock_model_that_can_be_fooled_but_not_always(root):
-    folder = asset_or_skip(root, "tiny-clip", "train_clip")
+    folder = shipped(root, "tiny-clip", "train_clip")
     from transformers import CLIPModel, CLIPProcessor
 
     assert size_of(folder) <= 1.5
@@ -131,7 +130,7 @@ def test_tiny_clip_is_a_stock_model_that_can_be_fooled_but_not_always(root):
 
 @pytest.fixture(scope="module")
 def pairs(root: Path) -> list[dict]:
-    path = asset_or_skip(root, "shapes-pairs.parquet", "pairs")
+    path = shipped(root, "shapes-pairs.parquet", "pairs")
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()
