@@ -6,13 +6,11 @@ The public names are loaded when they are first used, so that `import diffalign`
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffalign.evaluate import evaluate
-    from diffalign.generate import generate
+    from diffalign.evaluation import evaluate
+    from diffalign.generation import generate
     from diffalign.pipelines import load_pipeline
     from diffalign.rewards import load_reward, load_rewards
     from diffalign.trainer import train
@@ -21,21 +19,13 @@ __all__ = ["evaluate", "generate", "load_pipeline", "load_reward", "load_rewards
 __version__ = "0.1.0"
 
 _HOMES = {
-    "evaluate": "diffalign.evaluate",
-    "generate": "diffalign.generate",
+    "evaluate": "diffalign.evaluation",
+    "generate": "diffalign.generation",
     "load_pipeline": "diffalign.pipelines",
     "load_reward": "diffalign.rewards",
     "load_rewards": "diffalign.rewards",
     "train": "diffalign.trainer",
 }
-
-
-class _Package(types.ModuleType):
-    """Keeps the public functions in front of the modules of the same name, which Python binds here on import."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOMES:
-            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -46,6 +36,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-sys.modules[__name__].__class__ = _Package

@@ -19,8 +19,8 @@ from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
 from diffalign.data.pairs import load_pairs
-from diffalign.evaluate import evaluate, score_images
-from diffalign.generate import generate
+from diffalign.evaluation import evaluate, score_images
+from diffalign.generation import generate
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import load_lora

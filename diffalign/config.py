@@ -280,9 +280,12 @@ def _check_ranges(config: RunConfig) -> None:
     for key in POSITIVE:
         if not getattr(config, key) > 0:
             raise ValueError(f"{key}: expected a number above 0, got {getattr(config, key)!r}")
-    for key in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "seed", "validation_seed"):
+    for key in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon"):
         if getattr(config, key) < 0:
             raise ValueError(f"{key}: expected a number of at least 0, got {getattr(config, key)!r}")
+    for key in ("seed", "validation_seed"):
+        if not 0 <= getattr(config, key) < 2**32:
+            raise ValueError(f"{key}: expected a number from 0 to 2^32 - 1, got {getattr(config, key)!r}")
     for key in ("checkpoints_total_limit", "validation_steps"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from diffalign.assets import asset
-from diffalign.generate import generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt, read_prompts

@@ -20,7 +20,7 @@ from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.data.pairs import Pairs, load_pairs
-from diffalign.generate import sample_latents
+from diffalign.generation import sample_latents
 from diffalign.methods import METHODS
 from diffalign.methods.base import Method, Need
 from diffalign.pipelines import load_pipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,6 +89,21 @@ class DisplacementAlarm:
                 "Lower the learning rate, raise beta, or anchor the winner (method.sft_weight, method.dpop_weight).",
                 self.above, self.average,
             )  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """{"peak_memory_gib"}: the most that this process has held, in tensors on a GPU, or resident when it trains on a CPU.
+
+    Empty where the system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    try:
+        import resource
+    except ImportError:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def grid(pixels: Tensor, columns: int) -> Image.Image:

@@ -27,7 +27,7 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
 from diffalign.startup import Prepared, adamw, prepare_run, save_result
-from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile
+from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, peak_memory
 
 log = logging.getLogger("diffalign")
 
@@ -179,7 +179,7 @@ class Trainer:
     def _after_step(self, last: bool) -> None:
         config = self.config
         if last or self.step % config.logging_steps == 0:
-            self._log(self.averages.pop())
+            self._log(self.averages.pop() | peak_memory(self.accelerator.device))
         if last or (config.validation_steps and self.step % config.validation_steps == 0):
             self._validate()
         if last or self.step % config.checkpointing_steps == 0:

@@ -134,8 +134,8 @@ def load_pairs(
             break
         if held > MEMORY:
             raise ValueError(f"data {reader['name']!r}: the pictures of {len(pairs)} streamed pairs fill "
-                             f"{MEMORY >> 30} GiB of memory; set data.max_pairs, or download the files and give their "
-                             f"folder")  # fmt: skip
+                             f"{MEMORY >> 30} GiB of memory; set data.max_pairs, or give files on "
+                             f"disk: parquet, or tar shards that are not compressed")  # fmt: skip
     pairs = pairs[: options.max_pairs]
     _name_broken(broken)
     if not pairs:

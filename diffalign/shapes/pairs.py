@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from diffalign.generate import generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.verify import verify

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from miniatures import stable_diffusion
 from safetensors import safe_open
 
-from diffalign.generate import generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import (
     WEIGHTS_NAME,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from diffalign.generate import generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.shapes.grammar import CATEGORIES, one_fact_changed, parse, sample_scenes, scenes
 from diffalign.shapes.render import render

@@ -8,8 +8,8 @@ import torch
 from miniatures import stable_diffusion
 from PIL import Image
 
-from diffalign.evaluate import evaluate, open_picture, score_images
-from diffalign.generate import generate
+from diffalign.evaluation import evaluate, open_picture, score_images
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora
 from diffalign.prompts import Prompt
