@@ -1,4 +1,4 @@
-"""What the demo's settings gain on *validation* captions: what `configs/tiny-sd` is tuned with; held-out is never drawn.
+"""What the demo gains on *validation* captions: what `configs/tiny-sd` is tuned with; held-out is never drawn.
 
     python benchmarks/demo_sweep.py "method.beta=2000" "method.beta=1000 max_train_steps=300" --draws 360
     python benchmarks/demo_sweep.py --config tiny-sd/sft "learning_rate=1e-5"

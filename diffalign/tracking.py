@@ -92,7 +92,7 @@ class DisplacementAlarm:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """{"peak_memory_gib"}: the most that this process has held, in tensors on a GPU, or resident when it trains on a CPU.
+    """{"peak_memory_gib"}: the most that this process has held: tensors on a GPU, resident memory on a CPU.
 
     Empty where the system does not say (Windows).
     """
