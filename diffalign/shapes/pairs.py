@@ -23,20 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from torch import Tensor
 
 from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
+from diffalign.rewards.preprocess import to_pictures
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.verify import verify
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # a fixed time, so that the same command writes the same bytes
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """[N, 3, H, W] in [0, 1] -> N RGB pictures, rounded to 8 bits."""
-    arrays = (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(array) for array in arrays]
 
 
 def jpeg(picture: Image.Image) -> bytes:
@@ -83,6 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=1500)
     parser.add_argument("--candidates", type=int, default=4, help="pictures drawn per caption")
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--max-ties", type=float, default=0.2, help="share of ties that are kept")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +95,8 @@ def main() -> None:
         part = scenes[start : start + per_batch]
         prompts = [str(scene) for scene in part for _ in range(args.candidates)]
         seeds = [args.seed * 1_000_003 + start * args.candidates + i for i in range(len(prompts))]
-        data = [jpeg(p) for p in to_pictures(generate(pipe, prompts, seeds=seeds, batch_size=args.batch))]
+        pixels = generate(pipe, prompts, seeds=seeds, batch_size=args.batch, guidance_scale=args.guidance_scale)
+        data = [jpeg(picture) for picture in to_pictures(pixels)]
         for index, scene in enumerate(part):
             some = data[index * args.candidates : (index + 1) * args.candidates]
             line = row(len(rows), scene, some, rng, "tiny-sd")
