@@ -28,6 +28,7 @@ from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.render import render
 from diffalign.shapes.tiny_sd import TinySD, assemble, build_text_encoder, build_tokenizer, build_unet
 from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
+from diffalign.shapes.train_text import teach_sides, tokens
 from diffalign.shapes.verify import verify
 
 PROMPT_DROPOUT = 0.1
@@ -91,8 +92,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
         alphas = pipe.scheduler.alphas_cumprod.to(args.device)
         self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
-        # 1 / alpha^2 makes it the error of v: as it is at low noise, where outlines are drawn (min-SNR takes weight from
-        # there, and they stayed round), and large at high noise, where epsilon is known well whatever is drawn
+        # 1 / alpha^2 makes it the error of v: as it is at low noise, where outlines are drawn (min-SNR takes weight
+        # from there, and they stayed round), and large at high noise, where epsilon is known well whatever is drawn
         self.weight = (1 / alphas).clamp(max=MAX_WEIGHT)
         self.done = 0
         self.pool_seed = -1
@@ -101,9 +102,7 @@ class Trainer:
         """Draws the pool of `args.pool` pictures again, so that no picture is seen more than a few times."""
         scenes = sample_scenes("train", self.args.pool, seed)
         self.pool = latent_pool(self.vae, scenes, seed, self.args.device)
-        captions = [str(scene) for scene in scenes] + [""]
-        ids = self.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        self.ids = ids.input_ids.to(self.args.device)
+        self.ids = tokens(self.tokenizer, [*map(str, scenes), ""]).to(self.args.device)
         self.pool_seed = seed
 
     def step(self) -> float:
@@ -142,22 +141,25 @@ class Trainer:
         save_atomically(TinySD(self.averaged()), self.args.out)
         modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
         state = {"done": self.done, "modules": [m.state_dict() for m in modules]}
-        torch.save(state, self.state_file.with_suffix(".partial"))
-        os.replace(self.state_file.with_suffix(".partial"), self.state_file)
+        file = state_file(self.args.out)
+        torch.save(state, file.with_suffix(".partial"))
+        os.replace(file.with_suffix(".partial"), file)
 
     def resume(self) -> None:
-        if not self.state_file.exists():
+        file = state_file(self.args.out)
+        if not file.exists():
             return
-        state = torch.load(self.state_file, map_location=self.args.device, weights_only=True)
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
         modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
         for module, saved in zip(modules, state["modules"], strict=True):
             module.load_state_dict(saved)
         self.done = state["done"]
         print(f"resumed at step {self.done}", flush=True)
 
-    @property
-    def state_file(self) -> Path:
-        return self.args.out.with_name(self.args.out.name + ".state.pt")
+
+def state_file(out: Path) -> Path:
+    """What a killed run goes on from, beside the folder that it saves."""
+    return out.with_name(out.name + ".state.pt")
 
 
 def initial_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
@@ -176,6 +178,12 @@ def main() -> None:
     source.add_argument("--vae", type=Path, help="folder of the trained VAE: starts from scratch")
     source.add_argument("--init", type=Path, help="pipeline folder to go on with")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--teach-text",
+        type=int,
+        metavar="STEPS",
+        help="steps of teaching the text encoder first (default: 1000 from scratch, 0 with --init)",
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -188,7 +196,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    trainer = Trainer(initial_pipeline(args), args)
+    pipe = initial_pipeline(args)
+    fresh = not state_file(args.out).exists()
+    if fresh and (steps := args.teach_text if args.teach_text is not None else 1000 * bool(args.vae)):
+        right = teach_sides(pipe.text_encoder.to(args.device), pipe.tokenizer, steps, seed=args.seed)
+        print(f"text encoder: all sides right on {right:.1%} of the two-object validation captions", flush=True)
+    trainer = Trainer(pipe, args)
     trainer.resume()
     print(f"unet {sum(p.numel() for p in trainer.unet.parameters()) / 1e6:.2f}M, "
           f"text {sum(p.numel() for p in trainer.text.parameters()) / 1e6:.2f}M", flush=True)  # fmt: skip
