@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -38,8 +39,19 @@ def save_atomically(model: _Savable, folder: Path) -> None:
     partial, previous = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".previous")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
+    for file in partial.rglob("*.json"):
+        _forget_origin(file)
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
         os.replace(folder, previous)
     os.replace(partial, folder)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _forget_origin(file: Path) -> None:
+    """Removes `_name_or_path`, the folder on this machine that a part was loaded from: a shipped file must not tell."""
+    text = file.read_text(encoding="utf-8")
+    values = json.loads(text)
+    if isinstance(values, dict) and "_name_or_path" in values:
+        del values["_name_or_path"]
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
