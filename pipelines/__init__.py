@@ -13,6 +13,8 @@ from diffalign.table import resolve
 
 PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:StableDiffusion3",
 }
 SHIPPED = ("tiny-sd",)  # folders of diffalign.assets that are models
 

@@ -1,11 +1,13 @@
 """What a checkpoint must offer to be aligned: the one abstract class of the house.
 
-A family (SD1.5, SDXL, SD3 ...) is one final subclass in one file. LoRA, saving, references and sampling are functions
-elsewhere that take a `LatentPipeline`.
+A family (SD1.5, SDXL, SD3 ...) is one final subclass in one file: how it loads, encodes prompts, walks times and
+predicts. What all of them do with the stock diffusers pipeline that they wrap is here. LoRA, saving, references and
+sampling are functions elsewhere that take a `LatentPipeline`.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
@@ -13,24 +15,33 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from diffalign.pipelines.common import fingerprint, text_parts, vae_decode, vae_moments
 from diffalign.process import NoiseProcess
 from diffalign.sampling import Condition
 
 
 class LatentPipeline(ABC):
-    """A text-conditioned latent diffusion or flow model.
+    """A text-conditioned latent diffusion or flow model, around a stock diffusers pipeline.
 
     Pixels are fp32 [B, 3, H, W] in [0, 1]; latents are what the network works on: scaled (and shifted) VAE codes.
+    Every weight is frozen and in evaluation mode.
     """
 
     family: ClassVar[str]  # "sd", "sdxl", ...
-    lora_prefix: ClassVar[str]  # the network's prefix in a LoRA file: "unet" or "transformer"
+    lora_prefix: ClassVar[str]  # the network's name in the stock pipeline and in a LoRA file: "unet" or "transformer"
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
 
-    name: str  # what it was loaded from
-    network: Any  # the one trainable module: a diffusers model, with its adapter methods
     process: NoiseProcess
     parametrization: str  # a key of diffalign.process.PARAMETRIZATIONS
+
+    def __init__(self, stock: Any, name: str) -> None:
+        self.name = name  # what it was loaded from
+        self.network: Any = getattr(stock, self.lora_prefix)  # the one module to train, with diffusers' adapter methods
+        self._stock: Any = stock
+        self._factor: int = stock.vae_scale_factor
+        for part in stock.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
 
     @classmethod
     @abstractmethod
@@ -44,18 +55,6 @@ class LatentPipeline(ABC):
         """Conditions with batch len(prompts), fp32, on the network's device; "" is the unconditional one."""
 
     @abstractmethod
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, log-variance) of the latents, each fp32 [B, C, h, w], of pixels [B, 3, H, W] in [0, 1]."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, not clamped (gradients flow), of latents [B, C, h, w]."""
-
-    @abstractmethod
-    def decoder(self) -> Callable[[Tensor], Tensor]:
-        """`decode` as a function that outlives `release`, and keeps the VAE alive for it."""
-
-    @abstractmethod
     def times(self, steps: int) -> Tensor:
         """[steps + 1] times from noise to picture, as the stock deterministic sampler walks them."""
 
@@ -63,21 +62,57 @@ class LatentPipeline(ABC):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """What the network says, fp32 [B, ...], at process times t [B]: the policy."""
 
-    @abstractmethod
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, log-variance) of the latents, each fp32 [B, C, h, w], of pixels [B, 3, H, W] in [0, 1]."""
+        return vae_moments(self.stock.vae, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped (gradients flow), of latents [B, C, h, w]."""
+        return vae_decode(self.stock.vae, latents)
+
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """`decode` as a function that outlives `release`, and keeps the VAE alive for it."""
+        return functools.partial(vae_decode, self.stock.vae)
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Shape of one latent for a picture of this size in pixels; the model's own size if not given.
 
-        Raises ValueError for a size that the VAE cannot represent.
+        Raises:
+            ValueError: a size that VAE or network cannot represent.
         """
+        factor, config = self._factor, self.network.config
+        own = config.sample_size * factor
+        height, width = height or own, width or own
+        step = factor * config.get("patch_size", 1)
+        largest = config.get("pos_embed_max_size", 0) * step or max(height, width)
+        if height % step or width % step or min(height, width) <= 0 or max(height, width) > largest:
+            limit = f", at most {largest}" if "pos_embed_max_size" in config else ""
+            raise ValueError(f"expected a height and width that are multiples of {step}{limit}, got {height} x {width}")
+        return (config.in_channels, height // factor, width // factor)
 
-    @abstractmethod
     def fingerprint(self, part: str) -> str:
         """Hash of the weights and settings of "vae" or "text": what cached latents and embeddings depend on."""
+        if part == "vae":
+            return fingerprint([self.stock.vae], dict(self.stock.vae.config))
+        if part == "text":
+            return fingerprint(*text_parts(self.stock))
+        raise ValueError(f"expected part 'vae' or 'text', got {part!r}")
 
-    @abstractmethod
     def release(self) -> None:
-        """Frees VAE and text encoder; encode, decode and encode_prompts fail with a clear message from then on."""
+        """Frees VAE and text encoders; encode, decode and encode_prompts fail with a clear message from then on."""
+        self._stock = None
 
-    @abstractmethod
     def save_pretrained(self, folder: str) -> None:
         """Writes the whole model as a stock diffusers folder."""
+        self.stock.save_pretrained(folder)
+
+    @property
+    def stock(self) -> Any:
+        """The diffusers pipeline.
+
+        Raises:
+            ValueError: it was released.
+        """
+        if self._stock is None:
+            raise ValueError(f"{self.name}: VAE and text encoder were released to save memory; load the model again")
+        return self._stock

@@ -1,16 +1,34 @@
-"""Steps that several families share: VAE moments, DDIM times, hashes. Functions, not a base class."""
+"""Steps that several families share: loading, VAE moments, DDIM times, hashes. Functions that know no family."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from diffalign.process import CLEAN, VariancePreserving
+
+log = logging.getLogger("diffalign")
+
+
+def load_stock(kind: Any, folder: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, whose many ways to fail become one.
+
+    Raises:
+        ValueError: the folder is not complete or not readable.
+    """
+    try:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: the model folder is not complete or not readable: {error}") from error
 
 
 def vae_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,10 +71,41 @@ def ddim_times(scheduler: DDIMScheduler, steps: int) -> Tensor:
     return torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
 
 
-def fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:
-    """Hash of a module's weights and config; the same in fp16 and fp32 only if the weights are."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+def warn_of_long_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
+    """One line for all prompts that the text encoder does not read to their end."""
+    tokens = tokenizer(list(prompts), truncation=False, add_special_tokens=True, verbose=False).input_ids
+    if long := [text for text, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]:
+        log.warning("%d of %d prompts are longer than the text encoder reads (%d tokens) and are cut, such as %r",
+                    len(long), len(prompts), limit, long[0][:80])  # fmt: skip
+
+
+@contextlib.contextmanager
+def stock_warnings_off() -> Iterator[None]:
+    """While a stock method runs that would warn once per prompt of what has been said in one line."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def text_parts(stock: Any) -> tuple[list[torch.nn.Module], dict[str, Any]]:
+    """The text encoders of a stock pipeline, and the settings that its embeddings depend on beside their weights."""
+    parts = sorted(stock.components.items())
+    encoders = [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+    tokenizers = {name: part for name, part in parts if name.startswith("tokenizer") and part is not None}
+    settings = {n: {"vocabulary": t.get_vocab(), "length": t.model_max_length} for n, t in tokenizers.items()}
+    # the zeroed unconditional embedding of SDXL
+    return encoders, {**settings, "zeros": stock.config.get("force_zeros_for_empty_prompt")}
+
+
+def fingerprint(modules: Sequence[torch.nn.Module], settings: dict[str, Any]) -> str:
+    """Hash of weights and settings; the same in fp16 and fp32 only if the weights are."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in modules:
+        digest.update(type(module).__name__.encode())
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from diffalign.shapes.tiny_sd import build_tokenizer
+
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+}
 
 
 @functools.cache
@@ -18,31 +46,105 @@ def stable_diffusion(prediction_type: str = "epsilon", scheduler: str = "ddim", 
     """A folder of a StableDiffusionPipeline with every part present, 32-pixel pictures, 8 x 8 latents."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    text = CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16,
-                       num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=77,
-                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=tokenizer.pad_token_id)
-    )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                                cross_attention_dim=16, attention_head_dim=2)  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-    )
-    kind = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}[scheduler]
-    options = {"clip_sample": False} if scheduler == "ddim" else {"skip_prk_steps": True}
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-        scheduler=kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                       set_alpha_to_one=False, prediction_type=prediction_type, **options),
+        vae=_vae(), text_encoder=_clip(CLIPTextModel, tokenizer), tokenizer=tokenizer, unet=_unet(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=_scheduler(prediction_type, scheduler),
     )  # fmt: skip
+    return _saved(pipe)
+
+
+@functools.cache
+def stable_diffusion_xl(
+    prediction_type: str = "epsilon", scheduler: str = "euler", seed: int = 0, zeros: bool = True
+) -> Path:
+    """A folder of a StableDiffusionXLPipeline: two text encoders of different widths, pooled embedding, time ids."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    pipe = StableDiffusionXLPipeline(
+        vae=_vae(force_upcast=True), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder=_clip(CLIPTextModel, tokenizer, layers=2),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, tokenizer, width=24, layers=2),
+        unet=_unet(cross_attention_dim=40, addition_embed_type="text_time", addition_time_embed_dim=8,
+                   projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2)),
+        scheduler=_scheduler(prediction_type, scheduler), force_zeros_for_empty_prompt=zeros, add_watermarker=False,
+    )  # fmt: skip
+    return _saved(pipe)
+
+
+@functools.cache
+def stable_diffusion_3(t5: bool = True, dual: bool = False, seed: int = 0) -> Path:
+    """A folder of a StableDiffusion3Pipeline; `dual` is SD3.5-medium's second attention and normed queries."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=40, out_channels=16,
+        pos_embed_max_size=12, dual_attention_layers=(0,) if dual else (), qk_norm="rms_norm" if dual else None,
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=_vae(latent_channels=16, shift_factor=0.06, scaling_factor=1.5,
+                                          use_quant_conv=False, use_post_quant_conv=False),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer() if t5 else None,
+        text_encoder=_clip(CLIPTextModelWithProjection, tokenizer, layers=2),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, tokenizer, width=24, layers=2),
+        text_encoder_3=_t5() if t5 else None, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    return _saved(pipe)
+
+
+FAMILIES: dict[str, Callable[[], Path]] = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd3": stable_diffusion_3,
+    "sd3.5": lambda: stable_diffusion_3(dual=True),
+    "sd3-without-t5": lambda: stable_diffusion_3(t5=False),
+}
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A handful of whole words; the rest letter by letter."""
+    words = ["a", "red", "blue", "green", "circle", "squares", "square", "cross", "above", "two"]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    scores = [*((f"\u2581{word}", -1.0) for word in words), *((letter, -9.0) for letter in ["\u2581", *letters])]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scores], extra_ids=0,
+                       model_max_length=512)  # fmt: skip
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer()), d_model=48, d_kv=8, d_ff=32, num_layers=1,
+                                   num_heads=2, feed_forward_proj="gated-gelu"))  # fmt: skip
+
+
+def _clip(kind: Any, tokenizer: CLIPTokenizer, width: int = 16, layers: int = 1) -> Any:
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=width,
+                            num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=77,
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    return kind(config)
+
+
+def _unet(**options: Any) -> UNet2DConditionModel:
+    settings = {"cross_attention_dim": 16, **options}
+    return UNet2DConditionModel(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
+                                **settings)  # fmt: skip
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8,) * 3, norm_num_groups=4, sample_size=32,
+                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                         **options)  # fmt: skip
+
+
+def _scheduler(prediction_type: str, name: str) -> Any:
+    kind, options = SCHEDULERS[name]
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                timestep_spacing="leading", prediction_type=prediction_type, **options)  # fmt: skip
+
+
+def _saved(pipe: DiffusionPipeline) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="diffalign-miniature-"))
     pipe.save_pretrained(folder)
     return folder

@@ -1,0 +1,79 @@
+"""Stable Diffusion XL and its Turbo and Lightning kin: a U-Net that is also told the picture's size and crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.common import (
+    ddim_times,
+    load_stock,
+    stock_warnings_off,
+    variance_preserving,
+    warn_of_long_prompts,
+)
+from diffalign.sampling import Condition
+
+
+class StableDiffusionXL(LatentPipeline):
+    """Loads any stock StableDiffusionXLPipeline folder; the watermark is left out.
+
+    A condition holds `prompt_embeds` [B, 77, 2048], the pooled `text_embeds` [B, 1280] and, where the data tells,
+    `time_ids` [B, 6]: height and width of the original, top and left of the crop, height and width of the target, in
+    pixels. Without them a picture is taken to be of its own size and not cropped, as the stock pipeline does.
+    """
+
+    family: ClassVar[str] = "sdxl"
+    lora_prefix: ClassVar[str] = "unet"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, stock: StableDiffusionXLPipeline, name: str) -> None:
+        super().__init__(stock, name)
+        self.parametrization = stock.scheduler.config.prediction_type
+        self.process, self._scheduler = variance_preserving(stock.scheduler.config)
+
+    @classmethod
+    def load(
+        cls, folder: str, *, dtype: torch.dtype, device: torch.device | str, revision: str | None, variant: str | None
+    ) -> StableDiffusionXL:
+        stock = load_stock(StableDiffusionXLPipeline, folder, dtype=dtype, revision=revision, variant=variant,
+                           add_watermarker=False)  # fmt: skip
+        if dtype == torch.float16 and stock.vae.config.force_upcast:
+            stock.vae.to(torch.float32)  # its activations overflow in fp16; the repaired VAE says force_upcast: false
+        return cls(stock.to(device), folder)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        warn_of_long_prompts(self.stock.tokenizer, prompts, self.stock.tokenizer.model_max_length)
+        with stock_warnings_off():
+            embeds, _, pooled, _ = self.stock.encode_prompt(
+                list(prompts), device=self.stock.text_encoder_2.device, do_classifier_free_guidance=False
+            )
+        condition = {"prompt_embeds": embeds.float(), "text_embeds": pooled.float()}
+        if not self.stock.config.force_zeros_for_empty_prompt:
+            return condition
+        said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
+        return {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in condition.items()}
+
+    def times(self, steps: int) -> Tensor:
+        return ddim_times(self._scheduler, steps)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        added = {
+            "text_embeds": condition["text_embeds"].to(dtype),
+            "time_ids": condition["time_ids"] if "time_ids" in condition else self._uncropped(x_t),
+        }
+        y = self.network(x_t.to(dtype), self.process.network_time(t), return_dict=False, added_cond_kwargs=added,
+                         encoder_hidden_states=condition["prompt_embeds"].to(dtype))  # fmt: skip
+        return y[0].float()
+
+    def _uncropped(self, x_t: Tensor) -> Tensor:
+        height, width = (side * self._factor for side in x_t.shape[-2:])
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
+        return ids.expand(len(x_t), 6)
