@@ -28,12 +28,13 @@ from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.render import render
 from diffalign.shapes.tiny_sd import TinySD, assemble, build_text_encoder, build_tokenizer, build_unet
 from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
-from diffalign.shapes.train_text import teach_sides, tokens
+from diffalign.shapes.train_text import after_end, side_reader, sides, sides_known, sides_loss, teach_sides, tokens
 from diffalign.shapes.verify import verify
 
 PROMPT_DROPOUT = 0.1
 NOISY_SHARE, NOISY_FROM = 0.5, 0.75  # of a batch, drawn from the noisiest quarter of the times only
 MAX_WEIGHT = 100.0
+SIDES_WEIGHT = 0.1
 
 
 def draw_times(count: int, steps: int, generator: torch.Generator) -> Tensor:
@@ -88,7 +89,9 @@ class Trainer:
         self.text = pipe.text_encoder.to(args.device).train()
         self.vae = pipe.vae.to(args.device).eval().requires_grad_(False)
         self.ema_unet, self.ema_text = (copy.deepcopy(m).requires_grad_(False) for m in (self.unet, self.text))
-        self.parameters = [*self.unet.parameters(), *self.text.parameters()]
+        torch.manual_seed(args.seed)
+        self.reader = side_reader(self.text.config.hidden_size).to(args.device)
+        self.parameters = [*self.unet.parameters(), *self.text.parameters(), *self.reader.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
         alphas = pipe.scheduler.alphas_cumprod.to(args.device)
         self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
@@ -103,6 +106,7 @@ class Trainer:
         scenes = sample_scenes("train", self.args.pool, seed)
         self.pool = latent_pool(self.vae, scenes, seed, self.args.device)
         self.ids = tokens(self.tokenizer, [*map(str, scenes), ""]).to(self.args.device)
+        self.sides = sides(scenes).to(self.args.device)
         self.pool_seed = seed
 
     def step(self) -> float:
@@ -119,8 +123,11 @@ class Trainer:
         x0 = self.pool[pick]
         x_t = self.alpha[t].view(-1, 1, 1, 1) * x0 + self.sigma[t].view(-1, 1, 1, 1) * eps
         x_t = x_t.contiguous(memory_format=torch.channels_last)
-        error = (self.unet(x_t, t, self.text(ids).last_hidden_state).sample - eps).square().mean(dim=(1, 2, 3))
-        value = (error * self.weight[t]).mean()
+        hidden = self.text(ids).last_hidden_state
+        error = (self.unet(x_t, t, hidden).sample - eps).square().mean(dim=(1, 2, 3))
+        asked = after_end(ids, self.text.config.eos_token_id) & ~dropped.to(device)[:, None]
+        read = sides_loss(self.reader, hidden, asked, self.sides[pick])
+        value = (error * self.weight[t]).mean() + SIDES_WEIGHT * read
         self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=200)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -132,6 +139,11 @@ class Trainer:
         update_ema(self.ema_text, self.text, decay)
         return value.item()
 
+    def teach(self, steps: int) -> None:
+        """Before the first step: what the text encoder then has to keep."""
+        teach_sides(self.text, self.reader, self.tokenizer, steps, seed=self.args.seed)
+        self.ema_text.load_state_dict(self.text.state_dict())
+
     def averaged(self) -> StableDiffusionPipeline:
         """The stock pipeline with the averaged weights (copies: saving converts dtypes in place)."""
         vae, text, unet = (copy.deepcopy(m).eval() for m in (self.vae, self.ema_text, self.ema_unet))
@@ -139,22 +151,24 @@ class Trainer:
 
     def save(self) -> None:
         save_atomically(TinySD(self.averaged()), self.args.out)
-        modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
+        modules = (self.unet, self.text, self.reader, self.ema_unet, self.ema_text, self.optimizer)
         state = {"done": self.done, "modules": [m.state_dict() for m in modules]}
         file = state_file(self.args.out)
         torch.save(state, file.with_suffix(".partial"))
         os.replace(file.with_suffix(".partial"), file)
 
-    def resume(self) -> None:
+    def resume(self) -> bool:
+        """True when there was a state to go on from."""
         file = state_file(self.args.out)
         if not file.exists():
-            return
+            return False
         state = torch.load(file, map_location=self.args.device, weights_only=True)
-        modules = (self.unet, self.text, self.ema_unet, self.ema_text, self.optimizer)
+        modules = (self.unet, self.text, self.reader, self.ema_unet, self.ema_text, self.optimizer)
         for module, saved in zip(modules, state["modules"], strict=True):
             module.load_state_dict(saved)
         self.done = state["done"]
         print(f"resumed at step {self.done}", flush=True)
+        return True
 
 
 def state_file(out: Path) -> Path:
@@ -178,12 +192,7 @@ def main() -> None:
     source.add_argument("--vae", type=Path, help="folder of the trained VAE: starts from scratch")
     source.add_argument("--init", type=Path, help="pipeline folder to go on with")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--teach-text",
-        type=int,
-        metavar="STEPS",
-        help="steps of teaching the text encoder first (default: 1000 from scratch, 0 with --init)",
-    )
+    parser.add_argument("--teach-text", type=int, metavar="STEPS", default=1000, help="of the text encoder, first")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -196,13 +205,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    pipe = initial_pipeline(args)
-    fresh = not state_file(args.out).exists()
-    if fresh and (steps := args.teach_text if args.teach_text is not None else 1000 * bool(args.vae)):
-        right = teach_sides(pipe.text_encoder.to(args.device), pipe.tokenizer, steps, seed=args.seed)
-        print(f"text encoder: all sides right on {right:.1%} of the two-object validation captions", flush=True)
-    trainer = Trainer(pipe, args)
-    trainer.resume()
+    trainer = Trainer(initial_pipeline(args), args)
+    if not trainer.resume():
+        trainer.teach(args.teach_text)
+        print(f"text encoder taught for {args.teach_text} steps: all sides of a validation caption known in "
+              f"{sides_known(trainer.text, trainer.reader, trainer.tokenizer):.1%}", flush=True)  # fmt: skip
     print(f"unet {sum(p.numel() for p in trainer.unet.parameters()) / 1e6:.2f}M, "
           f"text {sum(p.numel() for p in trainer.text.parameters()) / 1e6:.2f}M", flush=True)  # fmt: skip
     start, first, losses = time.time(), trainer.done, []
@@ -216,7 +223,9 @@ def main() -> None:
             trainer.save()
         if done % args.eval_every == 0 or done == args.steps:
             rates = pass_rates(trainer.averaged().to(args.device), sample_scenes("validation", 192, seed=1))
-            print(f"step {done} validation { ({k: round(v, 3) for k, v in rates.items()}) }", flush=True)
+            known = sides_known(trainer.ema_text, trainer.reader, trainer.tokenizer)
+            print(f"step {done} validation { ({k: round(v, 3) for k, v in rates.items()}) }, "
+                  f"sides known {known:.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

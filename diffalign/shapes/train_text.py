@@ -4,6 +4,7 @@ Which object is on the left follows from the order of the words *and* from the r
 pictures alone this conjunction has almost no gradient: it explains less than 2 % of the variance of a latent, at the
 noisiest times only, and both tiny-sd and a linear head on its text encoder stayed at chance for thousands of steps.
 Asked for in words it takes a minute, as a CLIP text encoder has learned such things before a Stable Diffusion uses it.
+It has to be asked again while the U-Net learns: without that the encoder forgot it before the U-Net had come to use it.
 Training captions alone are used; what is learned carries over to the validation ones.
 """
 
@@ -40,19 +41,42 @@ def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return torch.as_tensor(ids)
 
 
-def teach_sides(
-    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, steps: int, batch: int = 64, lr: float = 1e-3, seed: int = 0
-) -> float:
-    """Trains the text encoder in place; returns the share of two-object validation captions with all sides right.
+def side_reader(width: int) -> nn.Linear:
+    """A linear head that reads `sides` from hidden states; thrown away when training is over."""
+    return nn.Linear(width, len(RELATIONS) * sum(_CLASSES))
 
-    A linear head, thrown away afterwards, reads the sides from every position from the end token on: those are the
-    positions that have seen the whole caption.
+
+def sides_loss(reader: nn.Module, hidden: Tensor, after_end: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of colors plus that of shapes, a scalar.
+
+    Args:
+        hidden: [N, 77, width], the last hidden state that the U-Net is given.
+        after_end: bool [N, 77], the positions to read from: those that have seen the whole caption.
+        wanted: int64 [N, 4, 2], from `sides`.
     """
+    target = wanted[:, None].expand(-1, hidden.shape[1], -1, -1)[after_end]
+    answers = _answers(reader, hidden[after_end])
+    parts = [F.cross_entropy(answer.flatten(0, 1), target[..., i].flatten()) for i, answer in enumerate(answers)]
+    return parts[0] + parts[1]
+
+
+def after_end(ids: Tensor, end: int) -> Tensor:
+    """bool [N, 77]: the end token and all that follows it."""
+    return (ids == end).cumsum(1) > 0
+
+
+def teach_sides(
+    text_encoder: CLIPTextModel,
+    reader: nn.Linear,
+    tokenizer: CLIPTokenizer,
+    steps: int,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Trains the text encoder and its reader in place."""
     generator, device = torch.Generator().manual_seed(seed), text_encoder.device
-    torch.manual_seed(seed)
-    head = nn.Linear(text_encoder.config.hidden_size, len(RELATIONS) * sum(_CLASSES)).to(device)
-    parameters = [*text_encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *reader.parameters()], lr=lr)
     two = scenes("train", "two")
     others = scenes("train", "single") + scenes("train", "count")
     taught = two + others * (len(two) // (4 * len(others)))
@@ -60,38 +84,24 @@ def teach_sides(
     for step in range(steps):
         pick = torch.randint(len(taught), (batch,), generator=generator)
         optimizer.param_groups[0]["lr"] = cosine_lr(lr, step, steps, warmup=50)
-        loss = _loss(text_encoder, head, ids[pick], wanted[pick])
+        seen = after_end(ids[pick], text_encoder.config.eos_token_id)
+        loss = sides_loss(reader, text_encoder(ids[pick]).last_hidden_state, seen, wanted[pick])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return _accuracy(text_encoder, head, tokenizer)
-
-
-def _answers(text_encoder: CLIPTextModel, head: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of colors [N, 77, 4, 7] and of shapes [N, 77, 4, 5]."""
-    hidden = text_encoder(ids).last_hidden_state
-    colors, shapes = head(hidden).unflatten(-1, (len(RELATIONS), sum(_CLASSES))).split(_CLASSES, dim=-1)
-    return colors, shapes
-
-
-def _after_end(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    return (ids == text_encoder.config.eos_token_id).cumsum(1) > 0  # bool [N, 77]
-
-
-def _loss(text_encoder: CLIPTextModel, head: nn.Module, ids: Tensor, wanted: Tensor) -> Tensor:
-    asked = _after_end(text_encoder, ids)
-    target = wanted[:, None].expand(-1, ids.shape[1], -1, -1)[asked]
-    answers = _answers(text_encoder, head, ids)
-    parts = [F.cross_entropy(a[asked].flatten(0, 1), target[..., i].flatten()) for i, a in enumerate(answers)]
-    return parts[0] + parts[1]
 
 
 @torch.no_grad()
-def _accuracy(text_encoder: CLIPTextModel, head: nn.Module, tokenizer: CLIPTokenizer) -> float:
+def sides_known(text_encoder: CLIPTextModel, reader: nn.Module, tokenizer: CLIPTokenizer) -> float:
+    """Share of the two-object validation captions of which every side is read right."""
     held = scenes("validation", "two")
-    ids, wanted = (
-        tokens(tokenizer, [str(scene) for scene in held]).to(text_encoder.device),
-        sides(held).to(text_encoder.device),
-    )
-    colors, shapes = (logits[:, -1].argmax(-1) for logits in _answers(text_encoder, head, ids))
-    return torch.stack([colors, shapes], -1).eq(wanted).flatten(1).all(1).float().mean().item()
+    ids = tokens(tokenizer, [str(scene) for scene in held]).to(text_encoder.device)
+    answers = _answers(reader, text_encoder(ids).last_hidden_state[:, -1])
+    read = torch.stack([answer.argmax(-1) for answer in answers], -1)
+    return read.eq(sides(held).to(read.device)).flatten(1).all(1).float().mean().item()
+
+
+def _answers(reader: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of colors [N, 4, 7] and of shapes [N, 4, 5] of hidden states [N, width]."""
+    colors, shapes = reader(hidden).unflatten(-1, (len(RELATIONS), sum(_CLASSES))).split(_CLASSES, dim=-1)
+    return colors, shapes

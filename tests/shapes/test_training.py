@@ -11,7 +11,7 @@ import torch
 
 from diffalign.shapes.grammar import RELATIONS, inverse, parse, scenes
 from diffalign.shapes.train_sd import NOISY_FROM, NOISY_SHARE, draw_times
-from diffalign.shapes.train_text import sides
+from diffalign.shapes.train_text import after_end, side_reader, sides, sides_loss
 
 
 def test_sides_say_the_same_of_a_scene_from_both_ends():
@@ -25,6 +25,21 @@ def test_sides_of_one_caption_by_hand():
     found = sides([parse("a green cross right of a red circle"), parse("two blue squares")])
     assert found[0, left].tolist() == [1, 1] and found[0, right].tolist() == [2, 4]  # red circle, green cross
     assert found[0].count_nonzero() == 4 and found[1].count_nonzero() == 0
+
+
+def test_sides_are_asked_from_the_end_token_on_and_a_reader_that_knows_them_has_no_loss():
+    scenes_, ids = [parse("a green cross right of a red circle")] * 2, torch.tensor([[5, 9, 3, 3], [5, 4, 9, 3]])
+    asked = after_end(ids, end=9)
+    assert asked.tolist() == [[False, True, True, True], [False, False, True, True]]
+    wanted, reader = sides(scenes_), side_reader(8)
+    with torch.no_grad():
+        reader.weight.zero_()
+        colors, shapes = reader.bias.view(4, 12).split((7, 5), dim=1)
+        colors.fill_(-50.0).scatter_(1, wanted[0, :, :1], 50.0)
+        shapes.fill_(-50.0).scatter_(1, wanted[0, :, 1:], 50.0)
+    hidden = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert sides_loss(reader, hidden, asked, wanted).item() < 1e-6
+    assert sides_loss(reader, hidden, asked, wanted.roll(1, dims=1)).item() > 10
 
 
 def test_half_of_the_times_are_noisy_and_the_rest_uniform():
@@ -42,7 +57,7 @@ def test_training_goes_on_from_shipped_weights_and_then_from_where_it_was(root: 
              "--out", str(tmp_path / "sd"), "--pool", "64", "--batch", "4", "--teach-text", "2"]  # fmt: skip
     first = subprocess.run([*words, "--steps", "2"], capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
-    assert "text encoder: all sides right on" in first.stdout and "step 2 validation" in first.stdout
+    assert "text encoder taught for 2 steps" in first.stdout and "step 2 validation" in first.stdout
     again = subprocess.run([*words, "--steps", "3"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "resumed at step 2" in again.stdout and "step 3 validation" in again.stdout
