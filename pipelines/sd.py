@@ -35,7 +35,6 @@ class StableDiffusion(LatentPipeline):
                            safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
         return cls(stock.to(device), folder)
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         tokenizer, encoder = self.stock.tokenizer, self.stock.text_encoder
         limit = tokenizer.model_max_length

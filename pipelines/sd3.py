@@ -14,14 +14,14 @@ from diffalign.pipelines.common import load_stock, stock_warnings_off, warn_of_l
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
-T5_LENGTH = 256  # tokens, the stock pipeline's default
-
 
 class StableDiffusion3(LatentPipeline):
     """Loads any stock StableDiffusion3Pipeline folder, with T5 or without; its prompts are then zeros, as stock.
 
-    A condition holds `prompt_embeds` [B, 77 + 256, 4096] and the pooled `text_embeds` [B, 2048].
+    A condition holds `prompt_embeds` [B, 77 + `t5_length`, 4096] and the pooled `text_embeds` [B, 2048].
     """
+
+    t5_length: int = 256  # tokens that T5 is padded or cut to; the stock pipeline's default
 
     family: ClassVar[str] = "sd3"
     lora_prefix: ClassVar[str] = "transformer"
@@ -48,16 +48,15 @@ class StableDiffusion3(LatentPipeline):
         stock = load_stock(StableDiffusion3Pipeline, folder, dtype=dtype, revision=revision, variant=variant, **absent)
         return cls(stock.to(device), folder)
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         stock = self.stock
         # where T5 reads on, what CLIP cuts is not lost
-        tokenizer, limit = (stock.tokenizer_3, T5_LENGTH) if stock.text_encoder_3 else (stock.tokenizer, 77)
+        tokenizer, limit = (stock.tokenizer_3, self.t5_length) if stock.text_encoder_3 else (stock.tokenizer, 77)
         warn_of_long_prompts(tokenizer, prompts, limit)
         with stock_warnings_off():
             embeds, _, pooled, _ = stock.encode_prompt(list(prompts), None, None, device=stock.text_encoder.device,
                                                        do_classifier_free_guidance=False,
-                                                       max_sequence_length=T5_LENGTH)  # fmt: skip
+                                                       max_sequence_length=self.t5_length)  # fmt: skip
         return {"prompt_embeds": embeds.float(), "text_embeds": pooled.float()}
 
     def times(self, steps: int) -> Tensor:

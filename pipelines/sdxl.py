@@ -47,7 +47,6 @@ class StableDiffusionXL(LatentPipeline):
             stock.vae.to(torch.float32)  # its activations overflow in fp16; the repaired VAE says force_upcast: false
         return cls(stock.to(device), folder)
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         warn_of_long_prompts(self.stock.tokenizer, prompts, self.stock.tokenizer.model_max_length)
         with stock_warnings_off():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -38,21 +36,19 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers; the width is the cross-attention width of the U-Net."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def clip_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    """A CLIP text encoder in small; what it pools is as wide as what it says."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -83,40 +79,16 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def assemble(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
-) -> StableDiffusionPipeline:
-    """The stock pipeline around the parts, without a safety checker."""
+def build(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """The stock pipeline around a trained VAE, everything else untrained; without a safety checker."""
+    tokenizer = build_tokenizer()
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel(clip_config(tokenizer, TEXT_WIDTH, layers=2)),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=build_unet(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-class TinySD:
-    """Saves the parts as a stock folder: U-Net and VAE in fp16, the text encoder in fp32.
-
-    transformers 5 loads a model in the dtype of its file while diffusers loads in fp32, so a text encoder in fp16 would
-    make a mixed pipeline that fails at its first call.
-    """
-
-    def __init__(self, pipe: StableDiffusionPipeline) -> None:
-        self.pipe = pipe
-
-    def save_pretrained(self, save_directory: str) -> None:
-        self.pipe.vae.to(torch.float16)
-        self.pipe.unet.to(torch.float16)
-        self.pipe.save_pretrained(save_directory)
-        self.pipe.vae.to(torch.float32)
-        self.pipe.unet.to(torch.float32)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of a folder on disk."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +25,9 @@ def cosine_lr(peak: float, step: int, steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, buffers included."""
-    for old, new in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+def update_ema(average: Mapping[str, torch.Tensor], model: torch.nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, in place, buffers included; `average` is a state dict."""
+    for old, new in zip(average.values(), model.state_dict().values(), strict=True):
         if old.dtype.is_floating_point:
             old.lerp_(new.to(old.dtype), 1 - decay)
         else:

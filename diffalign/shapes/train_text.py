@@ -1,20 +1,24 @@
-"""Teaches a text encoder what a caption puts where, before a U-Net learns to draw it.
+"""Teaches text encoders what a caption puts where, before a network learns to draw it.
 
 Which object is on the left follows from the order of the words *and* from the relation between them. Learned from
 pictures alone this conjunction has almost no gradient: it explains less than 2 % of the variance of a latent, at the
 noisiest times only, and both tiny-sd and a linear head on its text encoder stayed at chance for thousands of steps.
 Asked for in words it takes a minute, as a CLIP text encoder has learned such things before a Stable Diffusion uses it.
-It has to be asked again while the U-Net learns: without that the encoder forgot it before the U-Net had come to use it.
+It has to be asked again while the network learns: without that the encoder had forgotten it before the U-Net came to
+use it.
 Training captions alone are used; what is learned carries over to the validation ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from diffalign.pipelines.base import LatentPipeline
 from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES, Scene, inverse, scenes
 from diffalign.shapes.train_common import cosine_lr
 
@@ -35,12 +39,6 @@ def sides(batch: list[Scene]) -> Tensor:
     return found
 
 
-def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """int64 [N, 77], padded as the stock pipeline pads."""
-    ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    return torch.as_tensor(ids)
-
-
 def side_reader(width: int) -> nn.Linear:
     """A linear head that reads `sides` from hidden states; thrown away when training is over."""
     return nn.Linear(width, len(RELATIONS) * sum(_CLASSES))
@@ -50,7 +48,7 @@ def sides_loss(reader: nn.Module, hidden: Tensor, after_end: Tensor, wanted: Ten
     """Cross-entropy of colors plus that of shapes, a scalar.
 
     Args:
-        hidden: [N, 77, width], the last hidden state that the U-Net is given.
+        hidden: [N, 77, width], what the network is given of the CLIP tokens.
         after_end: bool [N, 77], the positions to read from: those that have seen the whole caption.
         wanted: int64 [N, 4, 2], from `sides`.
     """
@@ -60,44 +58,46 @@ def sides_loss(reader: nn.Module, hidden: Tensor, after_end: Tensor, wanted: Ten
     return parts[0] + parts[1]
 
 
-def after_end(ids: Tensor, end: int) -> Tensor:
+def after_end(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """bool [N, 77]: the end token and all that follows it."""
-    return (ids == end).cumsum(1) > 0
+    ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return (torch.as_tensor(ids) == tokenizer.eos_token_id).cumsum(1) > 0
 
 
 def teach_sides(
-    text_encoder: CLIPTextModel,
+    pipe: LatentPipeline,
+    text_encoders: Sequence[nn.Module],
     reader: nn.Linear,
-    tokenizer: CLIPTokenizer,
     steps: int,
     batch: int = 64,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Trains the text encoder and its reader in place."""
-    generator, device = torch.Generator().manual_seed(seed), text_encoder.device
-    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *reader.parameters()], lr=lr)
+    """Trains the text encoders and the reader in place."""
+    generator, device = torch.Generator().manual_seed(seed), reader.weight.device
+    optimizer = torch.optim.AdamW(nn.ModuleList([*text_encoders, reader]).parameters(), lr=lr)
     two = scenes("train", "two")
     others = scenes("train", "single") + scenes("train", "count")
     taught = two + others * (len(two) // (4 * len(others)))
-    ids, wanted = tokens(tokenizer, [str(scene) for scene in taught]).to(device), sides(taught).to(device)
     for step in range(steps):
-        pick = torch.randint(len(taught), (batch,), generator=generator)
+        some = [taught[i] for i in torch.randint(len(taught), (batch,), generator=generator).tolist()]
+        captions = [str(scene) for scene in some]
+        asked, wanted = after_end(pipe.stock.tokenizer, captions).to(device), sides(some).to(device)
+        hidden = pipe.encode_prompts(captions)["prompt_embeds"][:, : asked.shape[1]]
         optimizer.param_groups[0]["lr"] = cosine_lr(lr, step, steps, warmup=50)
-        seen = after_end(ids[pick], text_encoder.config.eos_token_id)
-        loss = sides_loss(reader, text_encoder(ids[pick]).last_hidden_state, seen, wanted[pick])
+        loss = sides_loss(reader, hidden, asked, wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
 
 @torch.no_grad()
-def sides_known(text_encoder: CLIPTextModel, reader: nn.Module, tokenizer: CLIPTokenizer) -> float:
-    """Share of the two-object validation captions of which every side is read right."""
+def sides_known(pipe: LatentPipeline, reader: nn.Module) -> float:
+    """Share of the two-object validation captions of which every side is read right, from the last CLIP token."""
     held = scenes("validation", "two")
-    ids = tokens(tokenizer, [str(scene) for scene in held]).to(text_encoder.device)
-    answers = _answers(reader, text_encoder(ids).last_hidden_state[:, -1])
-    read = torch.stack([answer.argmax(-1) for answer in answers], -1)
+    last = pipe.stock.tokenizer.model_max_length - 1
+    hidden = pipe.encode_prompts([str(scene) for scene in held])["prompt_embeds"][:, last]
+    read = torch.stack([answer.argmax(-1) for answer in _answers(reader, hidden)], -1)
     return read.eq(sides(held).to(read.device)).flatten(1).all(1).float().mean().item()
 
 

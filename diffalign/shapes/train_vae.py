@@ -92,7 +92,7 @@ def main() -> None:
         value.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        update_ema(ema, vae, min(0.998, (1 + step) / (10 + step)))
+        update_ema(ema.state_dict(), vae, min(0.998, (1 + step) / (10 + step)))
         if step % 100 == 99:
             print(f"step {step + 1} loss {value.item():.4f} {time.time() - start:.0f} s", flush=True)
         if step % 500 == 499 or step + 1 == args.steps:

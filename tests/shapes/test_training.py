@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from diffalign.pipelines import PIPELINES
+from diffalign.process import RectifiedFlow, VariancePreserving, endpoints, target
 from diffalign.shapes.grammar import RELATIONS, inverse, parse, scenes
-from diffalign.shapes.train_sd import NOISY_FROM, NOISY_SHARE, draw_times
+from diffalign.shapes.tiny_sd import build_tokenizer
+from diffalign.shapes.train import MAX_WEIGHT, MODELS, NOISY_FROM, NOISY_SHARE, Trainer, draw_times, weight
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_loss
+from diffalign.shapes.train_vae import build_vae
+from diffalign.table import resolve
 
 
 def test_sides_say_the_same_of_a_scene_from_both_ends():
@@ -28,22 +35,24 @@ def test_sides_of_one_caption_by_hand():
 
 
 def test_sides_are_asked_from_the_end_token_on_and_a_reader_that_knows_them_has_no_loss():
-    scenes_, ids = [parse("a green cross right of a red circle")] * 2, torch.tensor([[5, 9, 3, 3], [5, 4, 9, 3]])
-    asked = after_end(ids, end=9)
-    assert asked.tolist() == [[False, True, True, True], [False, False, True, True]]
-    wanted, reader = sides(scenes_), side_reader(8)
+    captions = ["a green cross right of a red circle", "a red circle"]
+    asked = after_end(build_tokenizer(), captions)
+    assert asked.shape == (2, 77) and (~asked).sum(1).tolist() == [9, 4]  # the start token and the words
+    assert asked.diff(dim=1).sum(1).tolist() == [1, 1]  # from there on
+    wanted, reader = sides([parse(captions[0])] * 2), side_reader(8)
     with torch.no_grad():
         reader.weight.zero_()
         colors, shapes = reader.bias.view(4, 12).split((7, 5), dim=1)
         colors.fill_(-50.0).scatter_(1, wanted[0, :, :1], 50.0)
         shapes.fill_(-50.0).scatter_(1, wanted[0, :, 1:], 50.0)
-    hidden = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(2, 77, 8, generator=torch.Generator().manual_seed(0))
     assert sides_loss(reader, hidden, asked, wanted).item() < 1e-6
     assert sides_loss(reader, hidden, asked, wanted.roll(1, dims=1)).item() > 10
 
 
 def test_half_of_the_times_are_noisy_and_the_rest_uniform():
-    t = draw_times(40_000, 1000, torch.Generator().manual_seed(0))
+    process = VariancePreserving(torch.linspace(0.999, 0.005, 1000), final=1.0)
+    t = draw_times(process, 40_000, torch.Generator().manual_seed(0))
     assert t.min() >= 0 and t.max() == 999
     noisy = (t >= 1000 * NOISY_FROM).float().mean().item()
     assert abs(noisy - (NOISY_SHARE + (1 - NOISY_SHARE) * (1 - NOISY_FROM))) < 0.01
@@ -51,14 +60,53 @@ def test_half_of_the_times_are_noisy_and_the_rest_uniform():
     assert abs(below.mean().item() - 500 * NOISY_FROM) < 5
 
 
+def test_the_weight_makes_the_error_of_epsilon_that_of_v_and_leaves_a_flow_alone():
+    process, t = VariancePreserving(torch.linspace(0.999, 0.005, 1000), final=1.0), torch.tensor([0.0, 500.0, 999.0])
+    alpha, sigma = process.coefficients(t)
+    x0, eps, wrong = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0)).unbind(1)
+    x_t = process.add_noise(x0, eps, t)
+    implied = endpoints("epsilon", wrong, x_t, alpha, sigma)
+    error_of_v = target("v_prediction", implied.x0, wrong, alpha, sigma) - target("v_prediction", x0, eps, alpha, sigma)
+    expected = error_of_v.square().mean(1) / (wrong - eps).square().mean(1)
+    torch.testing.assert_close(weight(process, t), expected.clamp(max=MAX_WEIGHT), rtol=1e-4, atol=0)
+    assert weight(RectifiedFlow(), torch.tensor([0.1, 0.9])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_small_model_builds_small_and_learns(name: str):
+    vae = build_vae(16 if name == "tiny-sd3" else 4)
+    if name == "tiny-sd3":
+        vae.register_to_config(shift_factor=0.1)
+    stock = MODELS[name](vae)
+    pipe = resolve(PIPELINES, type(stock).__name__, "family")(stock, name)
+    args = argparse.Namespace(seed=0, batch=4, pool=8, pool_steps=100, lr=1e-3, steps=4, ema=0.999, device="cpu")
+    trainer = Trainer(pipe, args)
+    before = {key: value.clone() for key, value in trainer.modules.state_dict().items()}
+    trainer.teach(1)
+    assert all(np.isfinite(trainer.step()) for _ in range(2))
+    unchanged = [key for key, value in trainer.modules.state_dict().items() if torch.equal(value, before[key])]
+    # positions are no parameters, and SDXL reads its first text encoder's last but one layer alone
+    unread = ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm.")
+    assert all("pos_embed" in key or (name == "tiny-sdxl" and key.startswith(unread)) for key in unchanged), unchanged
+    halved = sum(p.numel() for p in (*pipe.network.parameters(), *stock.vae.parameters())) * 2
+    full = sum(p.numel() for n, m in trainer.modules.items() if n.startswith("text") for p in m.parameters()) * 4
+    assert halved + full < (6e6 if name == "tiny-sd" else 6.9e6)
+    with trainer.averaged() as averaged:
+        assert not averaged.network.training
+    assert pipe.network.training
+
+
 @pytest.mark.slow
 def test_training_goes_on_from_shipped_weights_and_then_from_where_it_was(root: Path, tmp_path: Path):
-    words = [sys.executable, "-m", "diffalign.shapes.train_sd", "--init", str(root / "assets" / "tiny-sd"),
+    words = [sys.executable, "-m", "diffalign.shapes.train", "--init", str(root / "assets" / "tiny-sd"),
              "--out", str(tmp_path / "sd"), "--pool", "64", "--batch", "4", "--teach-text", "2"]  # fmt: skip
     first = subprocess.run([*words, "--steps", "2"], capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
-    assert "text encoder taught for 2 steps" in first.stdout and "step 2 validation" in first.stdout
+    assert "text taught for 2 steps" in first.stdout and "step 2 validation" in first.stdout
     again = subprocess.run([*words, "--steps", "3"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "resumed at step 2" in again.stdout and "step 3 validation" in again.stdout
-    assert "text encoder" not in again.stdout  # it is taught once
+    assert "text taught" not in again.stdout  # once
+    fresh = ["--model", "tiny-sdxl", "--vae", str(root / "assets" / "tiny-sd" / "vae")]
+    other = subprocess.run([*words[:3], *fresh, *words[5:]], capture_output=True, text=True, check=False)
+    assert other.returncode == 1 and "is of another model" in other.stderr and "Traceback" not in other.stderr
