@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ class Batches:
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each training pair."""
         return tuple(pair.view.size for pair in self.train)
+
+    def fingerprint(self) -> str:
+        """Hash of what is trained on: pictures, views, prompts and labels."""
+        digest = hashlib.sha256()
+        for pair in self.train:
+            digest.update(f"{pair.cache_keys()} {pair.prompt!r} {pair.label}".encode())
+        return digest.hexdigest()
 
     def batch(self, number: int, generator: torch.Generator, prompt_dropout: float, device: torch.device) -> PairBatch:
         """The batch of this number in the endless sequence of shuffled epochs."""

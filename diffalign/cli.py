@@ -169,6 +169,22 @@ def evaluate(
     show(result, as_json)
 
 
+@app.command()
+def export(
+    lora: Annotated[str, typer.Argument(help="A LoRA file, or the folder of a training run.")],
+    form: Annotated[str, typer.Option("--format", help="kohya (ComfyUI, AUTOMATIC1111) or diffusers.")] = "kohya",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    out: Annotated[Path | None, typer.Option(help="The file; beside the LoRA if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a LoRA as other programs read it."""
+    with working():
+        from diffalign.commands import write_export
+
+        result = write_export(lora, form, dtype, out)
+    show(result, as_json)
+
+
 @data_app.command("check")
 def data_check(
     path: Annotated[str, typer.Argument(help="A file, a folder, or with --name pickapic a hub id.")],

@@ -23,6 +23,7 @@ from diffalign.evaluation import evaluate, score_images
 from diffalign.generation import generate
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.export import export_lora
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
@@ -203,6 +204,15 @@ def compare_models(
     ]
     where = f"pictures and evaluation.json in {out}" if out else ""
     return Result(report, where, ("prompts", "reward", *columns), rows)
+
+
+def write_export(lora: str, form: str, dtype: str, out: Path | None) -> Result:
+    """A LoRA in another program's layout."""
+    source = Path(lora)
+    beside = (source if source.is_dir() else source.parent) / f"{source.stem}-{form}-{dtype}.safetensors"
+    file = export_lora(source, out or beside, form, dtype)
+    return Result({"file": str(file), "format": form, "dtype": dtype, "bytes": file.stat().st_size},
+                  f"{file}: {file.stat().st_size / 1e6:.2f} MB, {form}, {dtype}")  # fmt: skip
 
 
 def check_data(path: str, name: str | None, max_rows: int | None) -> Result:

@@ -34,6 +34,9 @@ log = logging.getLogger("diffalign")
 
 MODEL = "tiny-sd"
 SEED_OF_DRAWS = 10_000  # held-out draws use seeds from here on, whatever the training seed
+# of the shipped pairs and of every draw here: the base passes more often with it than with the stock 7.5, which also
+# multiplies what the LoRA changes by more than twice as much, past what it was trained to
+GUIDANCE_SCALE = 3.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def summary(prompts: Sequence[Prompt], base: Drawn, aligned: Drawn, sft: Drawn) 
     gain = mean_gain(base.passed, aligned.passed, np.random.default_rng(0))
     return {
         "prompts": len(prompts),
+        "guidance_scale": GUIDANCE_SCALE,
         "base_pass_rate": float(base.passed.mean()),
         "aligned_pass_rate": float(aligned.passed.mean()),
         "gain": float(aligned.passed.mean()) - float(base.passed.mean()),
@@ -134,7 +138,7 @@ def _draw(lora: Path | None, prompts: Sequence[Prompt], judges: tuple[Reward, Re
         load_lora(pipe, lora)
     texts = [prompt.text for prompt in prompts]
     seeds = range(SEED_OF_DRAWS, SEED_OF_DRAWS + len(texts))
-    pictures = to_pictures(generate(pipe, texts, seeds=seeds, batch_size=60))
+    pictures = to_pictures(generate(pipe, texts, seeds=seeds, batch_size=60, guidance_scale=GUIDANCE_SCALE))
     verdicts, scores = (np.array(judge(pictures, texts).tolist()) for judge in judges)
     return Drawn(pictures, verdicts, scores)
 

@@ -249,10 +249,26 @@ def adamw(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.opti
     )
 
 
-def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path) -> None:
+def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
+    """What a LoRA file says of where it comes from."""
+    return {
+        "base_model": config.pretrained_model_name_or_path,
+        "method": config.method,
+        "rank": config.lora.rank,
+        "data": config.data,
+        "data_sha256": data.fingerprint(),
+        "pairs": len(data.train),
+        "rewards": config.rewards,
+        "steps": steps,
+        "seed": config.seed,
+        "resolution": config.resolution,
+    }
+
+
+def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any]) -> None:
     """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model."""
     if config.train == "lora":
-        save_lora(pipe, folder)
+        save_lora(pipe, folder, facts=facts)
         return
     whole = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     whole.network.load_state_dict(pipe.network.state_dict())

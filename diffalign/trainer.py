@@ -26,7 +26,7 @@ from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
-from diffalign.startup import Prepared, adamw, prepare_run, save_result
+from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, peak_memory
 
 log = logging.getLogger("diffalign")
@@ -273,7 +273,7 @@ class Trainer:
         """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
         if self._main:
             with self._averaged():
-                save_result(self.pipe, self.config, self.folder)
+                save_result(self.pipe, self.config, self.folder, facts_of(self.config, self.data, self.step))
         self.accelerator.wait_for_everyone()
 
     # -- small things --------------------------------------------------------------------------------------------

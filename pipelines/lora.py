@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Condition, Policy
@@ -69,7 +72,7 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
     Raises:
         ValueError: not there, not a LoRA file, or made for another network.
     """
-    file = _weights_file(Path(path))
+    file = weights_file(Path(path))
     try:
         pipe.network.load_lora_adapter(str(file.parent), prefix=pipe.lora_prefix, adapter_name=adapter,
                                        weight_name=file.name, local_files_only=True)  # fmt: skip
@@ -81,15 +84,20 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
         parameter.requires_grad_(trainable and f".{adapter}." in name)
 
 
-def save_lora(pipe: LatentPipeline, folder: str | Path, adapter: str = "default") -> Path:
-    """Writes folder/pytorch_lora_weights.safetensors in diffusers' own format, in one piece; returns the file."""
+def save_lora(
+    pipe: LatentPipeline, folder: str | Path, adapter: str = "default", facts: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes folder/pytorch_lora_weights.safetensors in diffusers' own format, in one piece; returns the file.
+
+    `facts` (base model, method, data ...) go into the file's metadata, as JSON under "diffalign".
+    """
     assert pipe.network.peft_config, "save_lora needs an attached adapter"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder, prefix=".lora-"))
     try:
         pipe.network.save_lora_adapter(str(partial), adapter_name=adapter, weight_name=WEIGHTS_NAME)
-        _prefix_keys(partial / WEIGHTS_NAME, pipe.lora_prefix)
+        _prefix_keys(partial / WEIGHTS_NAME, pipe.lora_prefix, {"family": pipe.family, **(facts or {})})
         os.replace(partial / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,24 +129,24 @@ def without_adapters(pipe: LatentPipeline) -> Policy:
     return reference
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The LoRA of a folder, or the file itself.
+
+    Raises:
+        ValueError: neither is there.
+    """
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: expected a LoRA file or a folder with {WEIGHTS_NAME}, found none")
     return file
 
 
-def _prefix_keys(file: Path, prefix: str) -> None:
+def _prefix_keys(file: Path, prefix: str, facts: Mapping[str, Any]) -> None:
     """save_lora_adapter writes bare module names; stock load_lora_weights wants them under the network's prefix."""
-    import json
-
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(file, "pt") as stored:
         metadata = dict(stored.metadata() or {})
         state = {f"{prefix}.{key}": stored.get_tensor(key).contiguous() for key in stored.keys()}  # noqa: SIM118
     if text := metadata.get("lora_adapter_metadata"):
         config = {f"{prefix}.{key}": value for key, value in json.loads(text).items()}
         metadata["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True)
-    save_file(state, file, metadata=metadata)
+    save_file(state, file, metadata={**metadata, "diffalign": json.dumps(dict(facts), sort_keys=True)})

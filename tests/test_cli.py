@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign import arguments, cli, console
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
-         ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
+         ["export"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -265,3 +265,19 @@ def test_evaluate_reports_and_keeps_its_pictures(run: Run, tmp_path: Path) -> No
     assert answer.code == 0, answer.err
     assert "shapes" in answer.out and (tmp_path / "report" / "base" / "00001.png").is_file()
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["draws"] == 2
+
+
+def test_export_writes_beside_the_lora_and_refuses_what_is_none(run: Run, tmp_path: Path):
+    from diffalign.pipelines import load_pipeline
+    from diffalign.pipelines.lora import attach_lora, save_lora
+
+    pipe = load_pipeline("tiny-sd")
+    attach_lora(pipe, rank=2)
+    save_lora(pipe, tmp_path / "run")
+    answer = run("export", tmp_path / "run", "--dtype", "fp16", "--json")
+    assert answer.code == 0, answer.err
+    said = json.loads(answer.out)
+    assert Path(said["file"]) == tmp_path / "run" / "run-kohya-fp16.safetensors"
+    assert Path(said["file"]).stat().st_size == said["bytes"]
+    refused = run("export", said["file"])
+    assert refused.code == 2 and "expected a LoRA in diffusers' format" in refused.err
