@@ -170,6 +170,21 @@ def evaluate(
 
 
 @app.command()
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    card: Annotated[str, typer.Option(help="A GPU, for the time per step: H200, A100-80GB, 'RTX 4090' ...")] = "H200",
+    as_json: Json = False,
+) -> None:
+    """Say what a config will take, before anything is downloaded."""
+    with working():
+        from diffalign.commands import estimate_run
+
+        result = estimate_run(config, overrides or [], card)
+    show(result, as_json)
+
+
+@app.command()
 def export(
     lora: Annotated[str, typer.Argument(help="A LoRA file, or the folder of a training run.")],
     form: Annotated[str, typer.Option("--format", help="kohya (ComfyUI, AUTOMATIC1111) or diffusers.")] = "kohya",

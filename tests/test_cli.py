@@ -12,7 +12,7 @@ from PIL import Image
 from diffalign import arguments, cli, console
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
-         ["export"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
+         ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -281,3 +281,18 @@ def test_export_writes_beside_the_lora_and_refuses_what_is_none(run: Run, tmp_pa
     assert Path(said["file"]).stat().st_size == said["bytes"]
     refused = run("export", said["file"])
     assert refused.code == 2 and "expected a LoRA in diffusers' format" in refused.err
+
+
+def test_estimate_says_what_a_config_takes_and_which_setting_helps(run: Run):
+    answer = run("estimate", "sd15/dpo_lora_16gb", "--card", "RTX 4090", "--json")
+    said = json.loads(answer.out)
+    assert answer.code == 0 and said["fits"] and said["parameters"] == 859_520_964
+    big = [
+        "pretrained_model_name_or_path=sdxl",
+        "resolution=1024",
+        "gradient_checkpointing=false",
+        "train_batch_size=4",
+    ]
+    refused = run("estimate", "sd15/dpo_lora_16gb", *big, "--card", "RTX 4090")
+    assert "GB more than a RTX 4090 has: set gradient_checkpointing: true" in refused.out
+    assert run("estimate", "sd15/dpo_lora_16gb", "--card", "H300").err.count("did you mean 'H200'") == 1

@@ -1,0 +1,147 @@
+"""What a training run will take, before anything is downloaded: parameters, FLOPs, memory and time.
+
+The network is built on the meta device and one picture is passed through it, forward and backward; everything else is
+multiplication. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
+memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from diffalign.config import RunConfig
+from diffalign.counting import Count, counted
+from diffalign.methods import METHODS
+from diffalign.methods.base import Need
+from diffalign.pipelines.architectures import BLOCKS, attach_meta_lora, example_call, meta_network, network_config
+from diffalign.table import resolve
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its maker prints it."""
+
+    tflops: float  # dense, 16 bit with fp32 accumulation
+    gigabytes: float
+
+
+CARDS: dict[str, Card] = {  # from the makers' data sheets
+    "H200": Card(989, 141),
+    "H100": Card(989, 80),
+    "A100-80GB": Card(312, 80),
+    "A100-40GB": Card(312, 40),
+    "L40S": Card(362, 48),
+    "RTX 4090": Card(165, 24),
+    "RTX 3090": Card(71, 24),
+    "RTX 3060": Card(25, 12),
+}
+ADAM = 16  # bytes a trained parameter: fp32 weight and gradient, and Adam's two moments
+PICTURES = 2  # of a pair
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Counts are plain numbers, FLOPs are of one picture or one pair, memory is in bytes on one device."""
+
+    parameters: int
+    trained_parameters: int
+    forward_flops: float  # of one picture
+    pair_flops: float  # policy forward and backward, and reference forward where there is one, of two pictures
+    memory: dict[str, float]  # by part
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    def seconds_per_step(self, config: RunConfig, card: Card) -> float:
+        """At the printed rate, which no training reaches: a floor."""
+        return self.pair_flops * config.train_batch_size * config.gradient_accumulation_steps / (card.tflops * 1e12)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Of one microbatch and one optimizer step of this run, latents and embeddings cached.
+
+    Raises:
+        ValueError: an architecture that is not known, or a resolution that it cannot take.
+    """
+    full = config.train == "full"
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    network = meta_network(network_config(config.pretrained_model_name_or_path), dtype)
+    parameters = sum(p.numel() for p in network.parameters())
+    forward = _forward(network, config.resolution).flops
+    if full:
+        network.requires_grad_(True)
+        trained = parameters
+    else:
+        trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
+    step, kept = _forward_and_backward(network, config.resolution, config.gradient_checkpointing)
+    compared = Need.REFERENCE in resolve(METHODS, config.method_name, "method").needs
+    pictures = PICTURES if compared else 1
+    width = torch.finfo(dtype).bits / 8
+    copy = 4 if config.reference_name == "frozen_copy" and full else width  # a full run's copy is fp32 as well
+    memory = {
+        "weights": 0.0 if full else parameters * width,
+        "trained weights, gradients, Adam": float(trained * ADAM),
+        "16-bit copy of the weights": parameters * width if full and width < 4 else 0.0,
+        "reference": parameters * copy if compared and config.reference_name == "frozen_copy" else 0.0,
+        "averaged weights": 4.0 * trained if config.ema_decay else 0.0,
+        "activations": float(kept * pictures * config.train_batch_size),
+    }
+    flops = pictures * (step + (forward if compared else 0.0))
+    return Estimate(parameters, trained, forward, flops, {part: size for part, size in memory.items() if size})
+
+
+def _forward(network: Any, resolution: int) -> Count:
+    x_t, call = example_call(network, resolution)
+    with counted(network) as count, torch.no_grad():
+        network(x_t, **call)
+    return count
+
+
+def _forward_and_backward(network: Any, resolution: int, checkpointing: bool) -> tuple[float, int]:
+    """(FLOPs, bytes kept at the fullest moment) of one picture."""
+    x_t, call = example_call(network, resolution)
+    with counted(network) as count:
+        block = _LargestBlock(network, count)
+        out = network(x_t, **call, return_dict=False)[0]
+        block.remove()
+        kept = count.kept_bytes
+        if not checkpointing:
+            out.sum().backward()
+    if not checkpointing:
+        return count.flops, kept
+    network.enable_gradient_checkpointing()
+    network.train()
+    with counted(network) as count:
+        out = network(x_t, **call, return_dict=False)[0]
+        kept = count.kept_bytes + block.bytes  # one block is recomputed at a time
+        out.sum().backward()
+    return count.flops, kept
+
+
+class _LargestBlock:
+    """What the block that keeps most keeps."""
+
+    def __init__(self, network: Any, count: Count) -> None:
+        self.bytes = 0
+        self._count, self._before = count, 0
+        blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
+        self._hooks = [hook for block in blocks for hook in (
+            block.register_forward_pre_hook(self._enter), block.register_forward_hook(self._leave)
+        )]  # fmt: skip
+
+    def _enter(self, *_: Any) -> None:
+        self._before = self._count.kept_bytes
+
+    def _leave(self, *_: Any) -> None:
+        self.bytes = max(self.bytes, self._count.kept_bytes - self._before)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
