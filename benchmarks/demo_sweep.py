@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.assets import asset
+from diffalign.demo import GUIDANCE_SCALE
 from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import load_lora
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", help="overrides of one variant each")
     parser.add_argument("--config", default="tiny-sd/dpo")
     parser.add_argument("--draws", type=int, default=360)
-    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     args = parser.parse_args()
