@@ -284,7 +284,7 @@ def test_export_writes_beside_the_lora_and_refuses_what_is_none(run: Run, tmp_pa
 
 
 def test_estimate_says_what_a_config_takes_and_which_setting_helps(run: Run):
-    answer = run("estimate", "sd15/dpo_lora_16gb", "--card", "RTX 4090", "--json")
+    answer = run("estimate", "sd15/dpo_lora_12gb", "--card", "RTX 4090", "--json")
     said = json.loads(answer.out)
     assert answer.code == 0 and said["fits"] and said["parameters"] == 859_520_964
     big = [
@@ -293,6 +293,6 @@ def test_estimate_says_what_a_config_takes_and_which_setting_helps(run: Run):
         "gradient_checkpointing=false",
         "train_batch_size=4",
     ]
-    refused = run("estimate", "sd15/dpo_lora_16gb", *big, "--card", "RTX 4090")
+    refused = run("estimate", "sd15/dpo_lora_12gb", *big, "--card", "RTX 4090")
     assert "GB more than a RTX 4090 has: set gradient_checkpointing: true" in refused.out
-    assert run("estimate", "sd15/dpo_lora_16gb", "--card", "H300").err.count("did you mean 'H200'") == 1
+    assert run("estimate", "sd15/dpo_lora_12gb", "--card", "H300").err.count("did you mean 'H200'") == 1
