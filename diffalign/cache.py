@@ -46,8 +46,11 @@ class Cache:
 
         Raises:
             OSError: the disk is full; what is complete is kept.
-            ValueError: a picture that could be read when the pairs were loaded and cannot be now.
+            ValueError: a size that the model cannot take, or a picture that could be read when the pairs were loaded
+                and cannot be now.
         """
+        for size in sorted({pair.view.size for pair in pairs}):
+            pipe.latent_shape(*size)
         self._fill_texts(pipe, [*dict.fromkeys([*(p.prompt for p in pairs), *prompts])], batch_size, progress)
         self._fill_latents(pipe, pairs, batch_size, progress)
 

@@ -17,6 +17,7 @@ from diffalign.pipelines.common import (
     variance_preserving,
     warn_of_long_prompts,
 )
+from diffalign.process import per_sample
 from diffalign.sampling import Condition
 
 
@@ -57,7 +58,7 @@ class StableDiffusionXL(LatentPipeline):
         if not self.stock.config.force_zeros_for_empty_prompt:
             return condition
         said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
-        return {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in condition.items()}
+        return {name: value * per_sample(said, value) for name, value in condition.items()}
 
     def times(self, steps: int) -> Tensor:
         return ddim_times(self._scheduler, steps)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import toy_pairs
-from miniatures import stable_diffusion
+from diffusers import DiffusionPipeline
+from miniatures import FAMILIES, stable_diffusion
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffalign import checkpoint as ckpt
@@ -67,6 +69,36 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
     pipe = load_pipeline(stable_diffusion())
     load_lora(pipe, result.folder)
     assert any(value.abs().sum() > 0 for name, value in weights(result).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "sd3.5", "sd3-without-t5"])
+def test_every_family_trains_from_the_same_config_and_stock_diffusers_loads_the_result(name: str, tmp_path: Path):
+    folder = FAMILIES[name]()
+    result = train(config(tmp_path, pretrained_model_name_or_path=str(folder), validation_prompts=["a red circle"]))
+    first = next(row for row in metrics(result.folder) if "loss" in row)
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6) and first["h"] == 0
+    with safe_open(result.folder / WEIGHTS_NAME, "pt") as stored:
+        facts = json.loads(stored.metadata()["diffalign"])
+    assert facts["base_model"] == str(folder) and facts["method"] == {"name": "dpo", "beta": 100}
+    assert facts["pairs"] == 9 and facts["steps"] == 4 and len(facts["data_sha256"]) == 64
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
+    stock = DiffusionPipeline.from_pretrained(folder, **absent)
+    stock.load_lora_weights(result.folder)
+    pipe = load_pipeline(folder)
+    load_lora(pipe, result.folder)
+    expected = {key: value for key, value in pipe.network.state_dict().items() if "lora_B" in key}
+    network = getattr(stock, pipe.lora_prefix)
+    loaded = [value for key, value in network.state_dict().items() if "lora_B" in key]
+    assert all(torch.equal(a, b) for a, b in zip(expected.values(), loaded, strict=True))
+    assert any(value.abs().sum() > 0 for value in loaded)
+
+
+def test_a_resolution_that_the_network_cannot_take_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    flow = str(FAMILIES["sd3"]())
+    for resolution in (36, 104):
+        with pytest.raises(ValueError, match=f"multiples of 8, at most 96, got {resolution} x {resolution}"):
+            train(config(tmp_path, pretrained_model_name_or_path=flow, resolution=resolution,
+                         output_dir=str(tmp_path / str(resolution))))  # fmt: skip
 
 
 def test_held_out_rewards_are_logged(tmp_path: Path) -> None:
