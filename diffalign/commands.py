@@ -15,6 +15,7 @@ import yaml
 from diffalign import demo as demo_run
 from diffalign.arguments import default_device
 from diffalign.cache import Cache
+from diffalign.card import CONFIG, add_evaluation
 from diffalign.config import RunConfig, as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
@@ -197,6 +198,8 @@ def compare_models(
             out=out,
             progress=advance,
         )
+    if lora and (Path(lora) / CONFIG).is_file():
+        add_evaluation(Path(lora), report)
     columns = ("base", "aligned", "gain", "win_rate") if lora else ("base",)
     rows = [
         (group, name, *(_with_interval(row, column) for column in columns))

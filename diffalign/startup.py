@@ -18,6 +18,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
 from diffalign.cache import Cache
+from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.data.pairs import Pairs, load_pairs
 from diffalign.generation import sample_latents
@@ -269,6 +270,7 @@ def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Ma
     """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model."""
     if config.train == "lora":
         save_lora(pipe, folder, facts=facts)
+        write_card(folder)
         return
     whole = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     whole.network.load_state_dict(pipe.network.state_dict())
