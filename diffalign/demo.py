@@ -123,11 +123,19 @@ def summary(prompts: Sequence[Prompt], base: Drawn, aligned: Drawn, sft: Drawn) 
 
 
 def _trained(config: str, folder: Path, budget: Budget, seed: int) -> Path:
-    """Trains a packaged config into `folder`, or goes on with what a killed demo left there."""
+    """Trains a packaged config into `folder`, or goes on with what a killed demo left there.
+
+    Raises:
+        SystemExit: the training got a SIGTERM and saved; nothing is drawn of a LoRA that is half trained.
+    """
     log.info("training %s", config)
     overrides = [f"output_dir={folder}", f"cache_dir={folder.parent / 'cache'}", f"seed={seed}",
                  "resume_from_checkpoint=latest", *budget.overrides]  # fmt: skip
-    return train(config, overrides).folder
+    result = train(config, overrides)
+    if result.interrupted:
+        log.warning("stopped at step %d and saved in %s; the same command goes on there", result.steps, folder)
+        raise SystemExit(0)
+    return result.folder
 
 
 def _draw(lora: Path | None, prompts: Sequence[Prompt], judges: tuple[Reward, Reward]) -> Drawn:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffalign import demo
 from diffalign.demo import Drawn, summary
 from diffalign.prompts import Prompt
 from diffalign.report import SHOWN_PER_CATEGORY, write_report
+from diffalign.trainer import RunResult
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 CATEGORIES = ("single", "two", "count")
@@ -99,3 +101,13 @@ def test_a_browser_shows_every_picture_and_nothing_sticks_out(page, tmp_path, wi
     seen = json.loads(found[1].replace("&quot;", '"'))
     assert seen == {"images": 2 * 3 * SHOWN_PER_CATEGORY + 6, "broken": 0, "overflow": seen["overflow"], "requests": 0}
     assert seen["overflow"] <= 0
+
+
+def test_a_demo_that_is_stopped_draws_nothing_of_a_half_trained_lora(monkeypatch, tmp_path, caplog):
+    stopped = RunResult(tmp_path / "dpo", steps=7, metrics={}, interrupted=True)
+    monkeypatch.setattr(demo, "train", lambda *_: stopped)
+    monkeypatch.setattr(demo, "_draw", lambda *_: pytest.fail("it drew"))
+    with pytest.raises(SystemExit) as stop:
+        demo.run(tmp_path, quick=True)
+    assert stop.value.code == 0 and "stopped at step 7" in caplog.text
+    assert not (tmp_path / "report.json").exists()
