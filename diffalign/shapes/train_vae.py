@@ -2,11 +2,14 @@
 
     python -m diffalign.shapes.train_vae --out runs/tiny-vae
     python -m diffalign.shapes.train_vae --init assets/tiny-sd/vae --decoder-only --out runs/tiny-vae    # sharper edges
+    python -m diffalign.shapes.train_vae --latent-channels 16 --out runs/tiny-vae-16                     # for tiny-sd3
 
-The second leaves the latents as they are, so a U-Net that was trained on them goes on to fit.
+The second leaves the latents as they are, so a U-Net that was trained on them goes on to fit. The third is laid out as
+Stable Diffusion 3's: 16 channels, no convolution on the code, and a shift as well as a scale.
 
 Absolute plus squared error and a light Kullback-Leibler term; no perceptual and no adversarial loss, which flat shapes
-do not need. The scaling factor of the saved model is 1 / std of its latents, as in Stable Diffusion.
+do not need. The scaling factor of the saved model is 1 / std of its latents, as in Stable Diffusion; the shift is their
+mean.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ from diffalign.shapes.grammar import sample_scenes
 from diffalign.shapes.render import render
 from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
 
+SD3_CHANNELS = 16
 KL_WEIGHT = 5e-7  # per picture: a posterior of about 2000 nats costs a tenth of what a blurred edge costs
 
 
 def build_vae(latent_channels: int = 4) -> AutoencoderKL:
     """About 0.3 million parameters; two halvings, one attention block in the middle."""
+    sd3 = latent_channels == SD3_CHANNELS
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -39,6 +44,9 @@ def build_vae(latent_channels: int = 4) -> AutoencoderKL:
         latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=64,
+        use_quant_conv=not sd3,
+        use_post_quant_conv=not sd3,
+        shift_factor=0.0 if sd3 else None,  # a number here says that there is one; training sets it
     )
 
 
@@ -77,7 +85,8 @@ def main() -> None:
     vae = vae.to(args.device, memory_format=torch.channels_last)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     ema = copy.deepcopy(vae).requires_grad_(False)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.3f}M parameters", flush=True)
     optimizer = torch.optim.AdamW(
@@ -106,6 +115,8 @@ def _set_scaling(vae: AutoencoderKL, device: str) -> None:
     x = pictures(512, seed=999).to(device).float().div(127.5).sub(1)
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    if vae.config.shift_factor is not None:
+        vae.register_to_config(shift_factor=round(latents.mean().item(), 5))
     print("channel mean", latents.mean((0, 2, 3)).tolist(), "std", latents.std((0, 2, 3)).tolist(), flush=True)
 
 
