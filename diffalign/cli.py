@@ -37,6 +37,7 @@ Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME
 Weights = Annotated[list[str] | None, typer.Option("--weights", help="NAME=PATH: a reward's weights in a local file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE of a reward: clip.model=tiny-clip")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA by default where there is one.")]
+Attention = Annotated[str, typer.Option(help="Kernel of attention: auto, flash, cudnn, efficient, math, xformers ...")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures at once.")]
@@ -101,6 +102,7 @@ def generate(
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("runs/generated"),
     device: Device = None,
+    attention: Attention = "auto",
     as_json: Json = False,
 ) -> None:
     """Draw pictures of prompts."""
@@ -110,7 +112,7 @@ def generate(
         rows = arguments.read_prompt_options(prompt or [], prompts)
         sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
         place = arguments.default_device(device)
-        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place)
+        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention)
     show(result, as_json)
 
 
@@ -127,6 +129,7 @@ def score(
     prompts: Prompts = None,
     batch_size: BatchSize = 32,
     device: Device = None,
+    attention: Attention = "auto",
     as_json: Json = False,
 ) -> None:
     """Score pictures that exist with one reward or several."""
@@ -134,8 +137,9 @@ def score(
         from diffalign import arguments, commands
 
         rows = arguments.read_pictures([*(pictures or []), *(images or [])], prompt or [], prompts)
-        rewards = arguments.read_rewards(reward or [], weights or [], settings or [], arguments.default_device(device))
-        result = commands.score_pictures(rewards, rows, batch_size)
+        place = arguments.default_device(device)
+        rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
+        result = commands.score_pictures(rewards, rows, batch_size, place, attention)
     show(result, as_json)
 
 
@@ -155,6 +159,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     out: Annotated[Path | None, typer.Option(help="A new or empty folder for pictures and evaluation.json.")] = None,
     device: Device = None,
+    attention: Attention = "auto",
     as_json: Json = False,
 ) -> None:
     """Compare a model with the same model under a LoRA: mean rewards, gains and win rates with intervals."""
@@ -165,7 +170,7 @@ def evaluate(
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
         sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
-        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place)
+        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention)
     show(result, as_json)
 
 

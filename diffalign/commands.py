@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from diffalign import demo as demo_run
@@ -25,6 +26,7 @@ from diffalign.evaluation import evaluate, score_images
 from diffalign.generation import generate
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.attention import preferring, require
 from diffalign.pipelines.export import export_lora
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt
@@ -130,13 +132,14 @@ def draw_pictures(
     sampling: Sampling,
     out: Path,
     device: str,
+    attention: str,
 ) -> Result:
     """Pictures 00000.png ... in a new or empty folder, listed in generations.jsonl with their prompts and seeds."""
     if images_each < 1 or sampling.batch_size < 1:
         raise ValueError("expected --num-images and --batch-size of at least 1")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
-    pipe = load_pipeline(model, device=device)
+    pipe = load_pipeline(model, device=device, attention=attention)
     if lora:
         load_lora(pipe, lora)
     texts = [prompt.text for prompt in prompts for _ in range(images_each)]
@@ -162,10 +165,13 @@ def draw_pictures(
     return Result({"folder": str(out), "images": rows}, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")
 
 
-def score_pictures(rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int) -> Result:
+def score_pictures(
+    rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int, device: str, attention: str
+) -> Result:
     """Every reward's score of every (picture, prompt), and their means."""
     files, prompts = [file for file, _ in pictures], [prompt for _, prompt in pictures]
-    with progress_bar("scoring", len(files)) as advance:
+    require(attention, torch.device(device), torch.float32)
+    with progress_bar("scoring", len(files)) as advance, preferring(attention):
         scores = score_images(rewards, files, prompts, batch_size=batch_size, progress=advance)
     names = list(scores)
     mean = {name: sum(values) / len(values) for name, values in scores.items()}
@@ -180,11 +186,11 @@ def score_pictures(rewards: Weighted, pictures: Sequence[tuple[Path, str]], batc
 
 def compare_models(
     model: str, lora: str | None, prompts: Sequence[Prompt], rewards: Weighted, seeds: int,
-    sampling: Sampling, out: Path | None, device: str,
+    sampling: Sampling, out: Path | None, device: str, attention: str,
 ) -> Result:  # fmt: skip
     """Base against LoRA on the same prompts and seeds; the base alone without a LoRA."""
-    pipe = load_pipeline(model, device=device)
-    with progress_bar("drawing and scoring", len(prompts) * seeds) as advance:
+    pipe = load_pipeline(model, device=device, attention=attention)
+    with progress_bar("drawing and scoring", len(prompts) * seeds) as advance, preferring(attention):
         report = evaluate(
             pipe,
             prompts,

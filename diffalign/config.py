@@ -82,6 +82,7 @@ class RunConfig:
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     mixed_precision: str = "no"  # no | fp16 | bf16; LoRA weights and losses are fp32 in each
+    attention: str = "auto"  # auto | flash | cudnn | efficient | math | xformers | flash_attn | flash_attn_3
     gradient_checkpointing: bool = False
     ema_decay: float | None = None  # keep averaged weights, and save those as the result
     prompt_dropout: float = 0.1  # share of pairs trained with the empty prompt, for guidance

@@ -82,7 +82,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
     log.info(pairs.summary())
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
-                         device=accelerator.device, revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+                         device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
+                         attention=resolved.attention)  # fmt: skip
     data = cached(pipe, pairs, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved)
     pipe.release()

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign.assets import asset
+from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.table import resolve
 
@@ -33,11 +34,16 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
+    attention: str = "auto",
 ) -> LatentPipeline:
     """Loads a stock diffusers folder, a hub id or a shipped model ("tiny-sd") of any family of `PIPELINES`.
 
+    Args:
+        attention: the kernel of the network's attention, a row of `diffalign.pipelines.attention.BACKENDS`.
+
     Raises:
         ValueError: not a diffusers pipeline, not to be had, or of a family that is not served; the message says which.
+            Or an attention backend that does not run here.
     """
     folder = locate(name_or_path)
     name = _class_name(folder, revision)
@@ -47,7 +53,9 @@ def load_pipeline(
             f"a new family is one file in pipelines/ and one row in its table"
         )
     family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
-    return family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
+    pipe = family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
+    set_attention(pipe.network, attention)
+    return pipe
 
 
 def _class_name(folder: str, revision: str | None) -> str:
