@@ -14,6 +14,7 @@ from torch import Tensor
 from diffalign.cache import Cache
 from diffalign.data.pairs import Pair, epoch_order
 from diffalign.methods.base import PairBatch
+from diffalign.process import moved
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Batches:
         self, pairs: Sequence[Pair], prompts: Sequence[str], generator: torch.Generator, device: torch.device
     ) -> PairBatch:
         moments = [self.cache.moments(pair) for pair in pairs]
-        winner, loser = (_posterior_sample([m[side] for m in moments], generator).to(device) for side in (0, 1))
-        condition = {name: value.to(device) for name, value in self.cache.condition(prompts).items()}
-        return PairBatch(winner, loser, condition, torch.tensor([pair.label for pair in pairs], device=device))
+        winner, loser = (moved(_posterior_sample([m[side] for m in moments], generator), device) for side in (0, 1))
+        condition = {name: moved(value, device) for name, value in self.cache.condition(prompts).items()}
+        return PairBatch(winner, loser, condition, moved(torch.tensor([pair.label for pair in pairs]), device))
 
 
 def _posterior_sample(moments: Sequence[dict[str, Tensor]], generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,11 @@ CLEAN = -1.0  # the time after the last step of a variance-preserving process
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] (or a scalar) -> [B, 1, ...] that broadcasts against `like` [B, ...]."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; to a GPU without waiting for what it is still busy with."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class NoiseProcess(ABC):
@@ -58,9 +63,12 @@ class VariancePreserving(NoiseProcess):
 
     alphas_cumprod: Tensor  # [T], decreasing, fp32
     final: float
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)  # one copy per device, made once
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = self.alphas_cumprod.to(t.device)
+        if t.device not in self._tables:
+            self._tables[t.device] = self.alphas_cumprod.to(t.device)
+        table = self._tables[t.device]
         index = t.round().long().clamp(min=0)
         squared = torch.where(t < 0, torch.full_like(table[index], self.final), table[index])
         return squared.sqrt(), (1 - squared).sqrt()

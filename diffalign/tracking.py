@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,35 +20,37 @@ log = logging.getLogger("diffalign")
 
 BINS = 10  # of the noise axis, for the metrics that change along it
 BINNED = ("h", "d_w")
+JUDGED = ("loss", "grad_norm")  # a step where these are not finite is skipped, and not averaged
 
 
 class Averages:
-    """Means of per-sample metrics since the last `pop`; `BINNED` ones also per tenth of the noise axis."""
+    """Means of per-sample metrics since the last `pop`; `BINNED` ones also per tenth of the noise axis.
+
+    What is added stays on its device, unread, until `read`: reading waits for the device.
+    """
 
     def __init__(self) -> None:
+        self._unread: list[tuple[tuple[str, ...], Tensor, Tensor | None]] = []
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
 
-    def add(self, metrics: Mapping[str, Tensor], time: Tensor) -> None:
-        """metrics: name -> [B]; time: [B] in [0, 1]."""
-        bins = (time.detach().float().cpu() * BINS).long().clamp(max=BINS - 1)
-        for name, values in metrics.items():
-            values = values.detach().float().cpu()
-            self._add(name, values)
-            if name == "h":
-                self._add("h_abs", values.abs())
-                self._add("h_square", values.square())
-            if name in BINNED:
-                for index in bins.unique().tolist():
-                    self._add(f"{name}/bin{index}", values[bins == index])
+    def add(self, metrics: Mapping[str, Tensor], fraction: Tensor | None = None) -> None:
+        """metrics: name -> [B]; fraction: [B] in [0, 1], of the noise axis, for the binned ones."""
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        self._unread.append((tuple(metrics), values, None if fraction is None else fraction.detach()))
 
-    def add_values(self, values: Mapping[str, float]) -> None:
-        """Numbers of the step as a whole: gradient norm, learning rate."""
-        for name, value in values.items():
-            self._add(name, torch.tensor([value]))
+    def read(self) -> list[dict[str, Tensor]]:
+        """Counts in what was added, and returns it, on the CPU; a batch with a loss that is not finite is left out."""
+        read = [(dict(zip(names, values.cpu(), strict=True)), where) for names, values, where in self._unread]
+        self._unread.clear()
+        finite = [(m, where) for m, where in read if all(m[name].isfinite().all() for name in JUDGED if name in m)]
+        for metrics, where in finite:
+            self._count(metrics, None if where is None else where.float().cpu())
+        return [metrics for metrics, _ in finite]
 
     def pop(self) -> dict[str, float]:
-        """The means, and a fresh start. h_std is derived from the mean and the mean square."""
+        """The means of all that was read, and a fresh start. h_std is derived from the mean and the mean square."""
+        self.read()
         means = {name: self._sums[name] / self._counts[name] for name in self._sums}
         if "h_square" in means:
             means["h_std"] = max(0.0, means.pop("h_square") - means["h"] ** 2) ** 0.5
@@ -54,9 +58,58 @@ class Averages:
         self._counts.clear()
         return means
 
+    def _count(self, metrics: Mapping[str, Tensor], fraction: Tensor | None) -> None:
+        for name, values in metrics.items():
+            self._add(name, values)
+            if name == "h":
+                self._add("h_abs", values.abs())
+                self._add("h_square", values.square())
+            if name in BINNED and fraction is not None:
+                bins = (fraction * BINS).long().clamp(max=BINS - 1)
+                for index in bins.unique().tolist():
+                    self._add(f"{name}/bin{index}", values[bins == index])
+
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum().item()
         self._counts[name] += values.numel()
+
+
+class Skips(NamedTuple):
+    """Steps that were not finite: in all, in a row up to now, and the longest row since the last look."""
+
+    total: int
+    row: int
+    longest: int
+
+
+class SkippedSteps:
+    """Counts skipped steps on the device, without waiting for it; `read` does."""
+
+    def __init__(self, device: torch.device, total: int = 0, row: int = 0) -> None:
+        self.total, self.row = total, row  # as of the last `read`
+        self._counts = torch.tensor([total, row, 0.0], device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """skipped: 1.0 or 0.0, a scalar on the device."""
+        total, row, longest = self._counts
+        row = (row + skipped) * skipped
+        self._counts = torch.stack([total + skipped, row, torch.maximum(longest, row)])
+
+    def read(self) -> Skips:
+        counts = Skips(*(int(count) for count in self._counts.tolist()))
+        self.total, self.row = counts.total, counts.row
+        self._counts[2] = 0
+        return counts
+
+
+class Pace:
+    """Steps per second since it was made, at a given step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step, self.time = step, time.perf_counter()
+
+    def steps_per_second(self, step: int) -> float:
+        return (step - self.step) / (time.perf_counter() - self.time)
 
 
 class MetricsFile:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
@@ -27,7 +27,7 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
 from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
-from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, peak_memory
+from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
 
 log = logging.getLogger("diffalign")
 
@@ -72,8 +72,9 @@ class Trainer:
         wrapped.network = self.accelerator.prepare_model(self.pipe.network)
         self.wrapper, self.policy = wrapped.network, wrapped.predict
         self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
-        self.step, self.nonfinite, self.nonfinite_total = 0, 0, 0
+        self.step = 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
+        self.skipped, self.pace = SkippedSteps(self.accelerator.device), Pace()
         self.last: dict[str, float] = {}
         self.checkpoint = prepared.checkpoint
         if self.checkpoint:
@@ -90,7 +91,7 @@ class Trainer:
             while self.step < self.config.max_train_steps and not stopping:
                 self._train_step()
                 advance()
-                stopping = not self._all_ranks(not received)  # together, or the others would wait for this rank
+                stopping = self._asked_to_stop(received)
                 self._after_step(last=stopping or self.step == self.config.max_train_steps)
         self._save_result()
         self.accelerator.end_training()
@@ -99,33 +100,26 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> None:
-        config, seconds = self.config, time.perf_counter()
-        rate = config.learning_rate * learning_rate(config, self.step)
+        config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        finite = True
+            group["lr"] = config.learning_rate * learning_rate(config, self.step)
+        finite = []
         for micro in range(config.gradient_accumulation_steps):
             last = micro + 1 == config.gradient_accumulation_steps
             with nullcontext() if last else self.accelerator.no_sync(self.wrapper):
-                finite &= self._backward(micro)
-        self.step += 1
-        if not self._all_ranks(finite):
-            self._skip_step()
-            return
-        self.nonfinite = 0
+                finite += self._backward(micro)
         norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        skip = self._any_rank(~torch.stack([*finite, norm.isfinite()]).all())
+        self.optimizer.optimizer.found_inf = skip  # the fused AdamW leaves everything as it was where this is 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_ema()
-        pairs = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        self.averages.add_values({
-            "grad_norm": float(norm),
-            "learning_rate": rate,
-            "pairs_per_second": pairs / (time.perf_counter() - seconds),
-        })  # fmt: skip
+        self.step += 1
+        self.skipped.update(skip)
+        self.averages.add({"grad_norm": norm[None]})
 
-    def _backward(self, micro: int) -> bool:
-        """Accumulates the gradient of one microbatch; False when its loss is not finite.
+    def _backward(self, micro: int) -> list[Tensor]:
+        """Accumulates the gradient of one microbatch; whether each of its losses is finite, on the device.
 
         The backward pass runs either way: another rank would wait for this one's gradients for ever.
         """
@@ -133,7 +127,7 @@ class Trainer:
         seed = _mix(config.seed, self.step, micro, accelerator.process_index)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
         run = self._run(self.policy, seed)
-        finite = True
+        finite = []
         with accelerator.autocast():
             with torch.no_grad():
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
@@ -141,12 +135,8 @@ class Trainer:
                 loss = self.method.loss(run, batch)
                 value = loss.value.mean()
                 accelerator.backward(value / (len(batches) * config.gradient_accumulation_steps))
-                if not torch.isfinite(value):
-                    finite = False
-                    continue
+                finite.append(value.detach().isfinite())
                 self.averages.add({"loss": loss.value, **loss.metrics}, loss.time)
-                if "d_w" in loss.metrics:
-                    self.alarm.update(loss.metrics["d_w"].mean().item())
         return finite
 
     def _batch(self, micro: int, generator: torch.Generator) -> PairBatch:
@@ -159,31 +149,45 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator)
 
-    def _skip_step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.nonfinite += 1
-        self.nonfinite_total += 1
-        log.warning("step %d: the loss is not finite, step skipped (%d in a row)", self.step, self.nonfinite)
-        if self.nonfinite >= self.config.max_nonfinite_steps:
+    def _read(self) -> None:
+        """Looks at what the device has computed since the last time, and waits for it to be done."""
+        for metrics in self.averages.read():
+            if "d_w" in metrics:
+                self.alarm.update(metrics["d_w"].mean().item())
+        before, counts = self.skipped.total, self.skipped.read()
+        if counts.total > before:
+            log.warning("step %d: the loss is not finite, step skipped (%d in all, %d in a row)",
+                        self.step, counts.total, counts.row)  # fmt: skip
+        if counts.longest >= self.config.max_nonfinite_steps:
             raise RuntimeError(
-                f"the loss was not finite for {self.nonfinite} steps in a row, stopped at step {self.step}; the last "
+                f"the loss was not finite for {counts.longest} steps in a row, stopped at step {self.step}; the last "
                 f"checkpoint is in {self.folder}. Lower learning_rate, raise method.beta, or use mixed_precision: bf16"
             )
 
     def _update_ema(self) -> None:
         if self.config.ema_decay:
-            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-            for name, parameter in self._named():
-                self.ema[name].lerp_(parameter.detach(), 1 - decay)
+            decay = min(self.config.ema_decay, (2 + self.step) / (11 + self.step))
+            trained = [parameter.detach() for _, parameter in self._named()]
+            torch._foreach_lerp_(list(self.ema.values()), trained, 1 - decay)
 
     def _after_step(self, last: bool) -> None:
         config = self.config
-        if last or self.step % config.logging_steps == 0:
-            self._log(self.averages.pop() | peak_memory(self.accelerator.device))
-        if last or (config.validation_steps and self.step % config.validation_steps == 0):
+        logs = last or self.step % config.logging_steps == 0
+        validates = last or (config.validation_steps and self.step % config.validation_steps == 0)
+        saves = last or self.step % config.checkpointing_steps == 0
+        if logs or saves or self._reading_is_free:
+            self._read()
+        if logs:
+            pairs = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            rate = self.optimizer.param_groups[0]["lr"]
+            step = {"learning_rate": rate, "pairs_per_second": pairs * self.pace.steps_per_second(self.step)}
+            self._log(self.averages.pop() | step | peak_memory(self.accelerator.device))
+        if validates:
             self._validate()
-        if last or self.step % config.checkpointing_steps == 0:
+        if saves:
             self._save_checkpoint()
+        if logs or validates or saves:
+            self.pace = Pace(self.step)
 
     # -- what is asserted, measured and written ------------------------------------------------------------------
 
@@ -246,7 +250,7 @@ class Trainer:
                 self.step,
                 tensors={"trainable": dict(self._named()), **({"ema": self.ema} if self.ema else {})},
                 optimizer=self.optimizer.state_dict(),
-                counters={"nonfinite": self.nonfinite, "nonfinite_total": self.nonfinite_total,
+                counters={"nonfinite": self.skipped.row, "nonfinite_total": self.skipped.total,
                           "alarm": [self.alarm.average, self.alarm.above, self.alarm.warned]},
             )  # fmt: skip
             ckpt.prune(self.folder, self.config.checkpoints_total_limit)
@@ -264,8 +268,8 @@ class Trainer:
             }
         self.optimizer.load_state_dict(ckpt.load_optimizer(folder))
         counters = manifest["counters"]
-        self.step, self.nonfinite = manifest["step"], counters["nonfinite"]
-        self.nonfinite_total = counters["nonfinite_total"]
+        self.step, self.pace = manifest["step"], Pace(manifest["step"])
+        self.skipped = SkippedSteps(self.accelerator.device, counters["nonfinite_total"], counters["nonfinite"])
         self.alarm.average, self.alarm.above, self.alarm.warned = counters["alarm"]
         log.info("resumed from %s at step %d", folder, self.step)
 
@@ -285,8 +289,25 @@ class Trainer:
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((n, p) for n, p in self.pipe.network.named_parameters() if p.requires_grad)
 
-    def _all_ranks(self, flag: bool) -> bool:
-        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).all())
+    @property
+    def _reading_is_free(self) -> bool:
+        """On a CPU nothing runs ahead of Python; on a GPU reading waits for all that is queued."""
+        return self.accelerator.device.type == "cpu"
+
+    def _asked_to_stop(self, received: Sequence[int]) -> bool:
+        """Whether any rank got a SIGTERM: they stop together, or the others would wait for this one for ever."""
+        if self.accelerator.num_processes == 1:
+            return bool(received)
+        if not self._reading_is_free and self.step % self.config.logging_steps:
+            return False
+        return bool(self._any_rank(torch.tensor(bool(received), device=self.accelerator.device)))
+
+    def _any_rank(self, flag: Tensor) -> Tensor:
+        """1.0 on every rank where the flag is true on any, else 0.0; stays on the device."""
+        number = flag.float()
+        if self.accelerator.num_processes > 1:
+            number = self.accelerator.reduce(number, "sum").clamp(max=1)
+        return number
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -109,24 +110,40 @@ def lora_state(pipe: LatentPipeline, adapter: str = "default") -> dict[str, torc
     return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(pipe.network, adapter_name=adapter).items()}
 
 
-@contextlib.contextmanager
-def adapters_disabled(pipe: LatentPipeline) -> Iterator[None]:
+def adapters_disabled(pipe: LatentPipeline) -> contextlib.AbstractContextManager[None]:
     """The network without its adapters inside the block; they are on again after it, also after an exception."""
-    pipe.network.disable_adapters()
-    try:
-        yield
-    finally:
-        pipe.network.enable_adapters()
+    return _switched_off(_adapted_layers(pipe))
 
 
 def without_adapters(pipe: LatentPipeline) -> Policy:
-    """The reference that costs no memory: the same network with its adapters off."""
+    """The reference that costs no memory: the same network with its adapters off; made after they are attached."""
+    layers = _adapted_layers(pipe)
 
     def reference(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        with adapters_disabled(pipe):
+        with _switched_off(layers):
             return pipe.predict(x_t, t, condition)
 
     return reference
+
+
+def _adapted_layers(pipe: LatentPipeline) -> list[BaseTunerLayer]:
+    return [module for module in pipe.network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def _switched_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Sets the flag that peft's forward reads.
+
+    peft's own `disable_adapters` walks the modules of the network and turns `requires_grad` over twice a step: 61 ms of
+    Python for SDXL's 7,530 modules and 560 adapted layers, where 3 ms do.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def weights_file(path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from diffusers import DiffusionPipeline
 from miniatures import FAMILIES, stable_diffusion
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign import checkpoint as ckpt
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME, load_lora
-from diffalign.trainer import RunResult, train
+from diffalign.startup import prepare_run
+from diffalign.tracking import SkippedSteps
+from diffalign.trainer import RunResult, Trainer, train
 
 
 def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -53,6 +58,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that Python reads out of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
@@ -179,6 +196,52 @@ def test_non_finite_losses_are_skipped_counted_and_stop_the_run(
     with pytest.raises(RuntimeError, match="not finite for 3 steps in a row"):
         train(broken)
     assert caplog.text.count("step skipped") == 3
+
+
+def test_skips_count_in_all_in_a_row_and_the_longest_row() -> None:
+    skips = SkippedSteps(torch.device("cpu"), total=1, row=1)
+    for flag in (1, 1, 0, 1):
+        skips.update(torch.tensor(float(flag)))
+    assert skips.read() == (4, 1, 3)
+    skips.update(torch.tensor(1.0))
+    assert skips.read() == (5, 2, 2)
+
+
+def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(tmp_path: Path) -> None:
+    run = Trainer(prepare_run(config(tmp_path), ()))
+    run._train_step()
+    before = copy.deepcopy((run.optimizer.state_dict()["state"], [p.detach().clone() for p in run.parameters]))
+    sound = run.method
+    run.method = dataclasses.replace(sound, beta=float("nan"))
+    run._train_step()
+    assert run.skipped.read() == (1, 1, 1)
+    after = (run.optimizer.state_dict()["state"], [p.detach() for p in run.parameters])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    run.method = sound
+    run._train_step()
+    assert run.skipped.read() == (1, 0, 0)
+    assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before[1], strict=True))
+
+
+@pytest.mark.parametrize("folder", [pytest.param(make, id=name) for name, make in FAMILIES.items()])
+def test_a_step_waits_for_nothing_that_the_device_computes(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a number back is a wait on a GPU; here it is only counted: none in a step, some where they are logged."""
+    monkeypatch.setattr(Trainer, "_reading_is_free", False)
+    values = config(tmp_path, pretrained_model_name_or_path=str(folder()), logging_steps=100, checkpointing_steps=100,
+                    ema_decay=0.9)  # fmt: skip
+    run = Trainer(prepare_run(values, ()))
+    run._train_step()  # the optimizer makes its state
+    batch = run._batch(0, torch.Generator())  # comes from files, in main memory
+    monkeypatch.setattr(run, "_batch", lambda *_: batch)
+    with Reads() as reads:
+        run._train_step()
+        run._after_step(last=False)
+    assert reads.count == 0
+    with Reads() as reads:
+        run._read()
+    assert reads.count > 0 and len(run.averages.read()) == 0
 
 
 def test_checkpoints_are_limited_and_half_written_ones_passed_over(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses import squared_error
-from diffalign.process import NoiseProcess, target
+from diffalign.process import NoiseProcess, moved, target
 from diffalign.sampling import Condition, Policy, concatenate
 
 
@@ -98,8 +98,8 @@ def noise_together(
     """
     first = members[0]
     count, device = len(first), first.device
-    t = run.process.training_times(count, run.generator, *time_range).to(device)
-    eps = torch.randn(first.shape, generator=run.generator).to(device)
+    t = moved(run.process.training_times(count, run.generator, *time_range), device)
+    eps = moved(torch.randn(first.shape, generator=run.generator), device)
     x0 = torch.cat([m.float() for m in members])
     t, eps = t.repeat(len(members)), eps.repeat(len(members), *[1] * (eps.ndim - 1))
     return Noised(
