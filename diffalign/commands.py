@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from diffalign import demo as demo_run
 from diffalign.arguments import default_device
 from diffalign.cache import Cache
 from diffalign.card import CONFIG, add_evaluation
-from diffalign.config import RunConfig, as_dict, load_config
+from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
 from diffalign.data.pairs import load_pairs
 from diffalign.estimate import CARDS, estimate
 from diffalign.evaluation import evaluate, score_images
 from diffalign.generation import generate
+from diffalign.memory import smaller
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring, require
@@ -220,13 +221,18 @@ def estimate_run(config: str, overrides: Sequence[str], card: str) -> Result:
     """Parameters, FLOPs, memory by part, and the time per step at a card's printed rate."""
     if card not in CARDS:
         raise unknown("card", card, CARDS)
-    resolved = load_config(config, overrides)
-    found, printed = estimate(resolved), CARDS[card]
+    resolved, printed = load_config(config, overrides), CARDS[card]
+    found = estimate(resolved)
+    fits = found.total_bytes <= printed.gigabytes * 1e9
+    if not fits and resolved.gradient_checkpointing is None:  # as training on this card would decide
+        resolved = replace(resolved, gradient_checkpointing=True)
+        found = estimate(resolved)
+        fits = found.total_bytes <= printed.gigabytes * 1e9
     seconds = found.seconds_per_step(resolved, printed)
     rows = [(part, f"{size / 1e9:.2f} GB") for part, size in found.memory.items()]
-    fits = found.total_bytes < printed.gigabytes * 1e9
     over = found.total_bytes / 1e9 - printed.gigabytes
-    advice = "" if fits else f"; {over:.1f} GB more than a {card} has: {_smaller(resolved)}"
+    advice = "" if fits else f"; {over:.1f} GB more than a {card} has: {smaller(resolved)}"
+    advice += "; with gradient checkpointing" if resolved.gradient_checkpointing else ""
     text = (
         f"{found.parameters:,} parameters, {found.trained_parameters:,} trained; "
         f"{found.forward_flops / 1e12:.3g} TFLOP a forward pass of one picture, {found.pair_flops / 1e12:.3g} a pair\n"
@@ -235,17 +241,6 @@ def estimate_run(config: str, overrides: Sequence[str], card: str) -> Result:
     )
     data = found.as_dict() | {"card": card, "seconds_per_step_at_printed_rate": seconds, "fits": fits}
     return Result(data, text, ("memory", ""), [*rows, ("in all", f"{found.total_bytes / 1e9:.2f} GB")])
-
-
-def _smaller(config: RunConfig) -> str:
-    """The next setting that takes less memory."""
-    if config.mixed_precision == "no":
-        return "set mixed_precision: bf16"
-    if not config.gradient_checkpointing:
-        return "set gradient_checkpointing: true"
-    if config.train_batch_size > 1:
-        return "lower train_batch_size, and raise gradient_accumulation_steps by as much"
-    return "set train: lora" if config.train == "full" else "lower resolution, or take a smaller model"
 
 
 def write_export(lora: str, form: str, dtype: str, out: Path | None) -> Result:

@@ -83,7 +83,10 @@ class RunConfig:
     adam_epsilon: float = 1e-8
     mixed_precision: str = "no"  # no | fp16 | bf16; LoRA weights and losses are fp32 in each
     attention: str = "auto"  # auto | flash | cudnn | efficient | math | xformers | flash_attn | flash_attn_3
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None  # None: only when the run would not fit the memory without
+    memory_gb: float | None = None  # what the run may take; None: what the GPU has free
+    compile: bool = False  # the repeated blocks of the network, each kind once
+    cuda_graph: bool = False  # record a step once and replay it: for small batches, where launching costs most
     ema_decay: float | None = None  # keep averaged weights, and save those as the result
     prompt_dropout: float = 0.1  # share of pairs trained with the empty prompt, for guidance
     max_nonfinite_steps: int = 10  # stop after so many steps in a row whose loss is not finite
@@ -287,6 +290,8 @@ def _check_ranges(config: RunConfig) -> None:
     for key in ("seed", "validation_seed"):
         if not 0 <= getattr(config, key) < 2**32:
             raise ValueError(f"{key}: expected a number from 0 to 2^32 - 1, got {getattr(config, key)!r}")
+    if config.memory_gb is not None and config.memory_gb <= 0:
+        raise ValueError(f"memory_gb: expected a number above 0, or null for what is free, got {config.memory_gb!r}")
     for key in ("checkpoints_total_limit", "validation_steps"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")

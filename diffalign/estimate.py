@@ -7,6 +7,7 @@ memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,15 +65,18 @@ class Estimate:
         return {**asdict(self), "total_bytes": self.total_bytes}
 
 
-def estimate(config: RunConfig) -> Estimate:
+def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -> Estimate:
     """Of one microbatch and one optimizer step of this run, latents and embeddings cached.
+
+    Args:
+        architecture: the network's config, where it is loaded already; looked up by the model's name if not given.
 
     Raises:
         ValueError: an architecture that is not known, or a resolution that it cannot take.
     """
     full = config.train == "full"
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    network = meta_network(network_config(config.pretrained_model_name_or_path), dtype)
+    network = meta_network(architecture or network_config(config.pretrained_model_name_or_path), dtype)
     parameters = sum(p.numel() for p in network.parameters())
     forward = _forward(network, config.resolution).flops
     if full:
@@ -80,7 +84,7 @@ def estimate(config: RunConfig) -> Estimate:
         trained = parameters
     else:
         trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
-    step, kept = _forward_and_backward(network, config.resolution, config.gradient_checkpointing)
+    step, kept = _forward_and_backward(network, config.resolution, bool(config.gradient_checkpointing))
     compared = Need.REFERENCE in resolve(METHODS, config.method_name, "method").needs
     pictures = PICTURES if compared else 1
     width = torch.finfo(dtype).bits / 8

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.compiling import compile_blocks, compiled
 from diffalign.pipelines.lora import without_adapters
 from diffalign.sampling import Policy
 
@@ -29,6 +30,8 @@ def frozen_copy(pipe: LatentPipeline) -> Policy:
     """A copy of the network as it is now: for full fine-tuning, or to stay close to an `init_lora`."""
     frozen = copy.copy(pipe)
     frozen.network = copy.deepcopy(pipe.network).requires_grad_(False).eval()
+    if compiled(pipe.network):  # a copy is not; both are to run the same kernels
+        compile_blocks(frozen.network)
     return frozen.predict
 
 

@@ -22,10 +22,12 @@ from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.data.pairs import Pairs, load_pairs
 from diffalign.generation import sample_latents
+from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
 from diffalign.methods.base import Method, Need
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.rewards import load_rewards
@@ -40,7 +42,8 @@ RESUMED_CONFIG = "config.yaml"
 # what may differ between a run and its continuation; everything else would make it another run
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts", "rewards",
+    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts", "rewards", "attention",
+    "gradient_checkpointing", "memory_gb", "compile", "cuda_graph",
 }  # fmt: skip
 SERVED = {Need.PAIRS, Need.REFERENCE}  # what this trainer can give a method
 
@@ -76,6 +79,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
+    refuse_graph(resolved, accelerator)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
     accelerator.init_trackers("diffalign")
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
@@ -87,6 +91,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     data = cached(pipe, pairs, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved)
     pipe.release()
+    budget = memory_budget(resolved, accelerator.device)
+    resolved = with_checkpointing_planned(resolved, budget, pipe.network.config)
     parameters = make_trainable(pipe, resolved)
     return Prepared(
         resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint
@@ -113,6 +119,19 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
         )
+
+
+def refuse_graph(config: RunConfig, accelerator: Accelerator) -> None:
+    """What a recorded step cannot hold."""
+    reasons = {
+        "a CUDA device": accelerator.device.type != "cuda",
+        "one process": accelerator.num_processes > 1,
+        "mixed_precision: bf16 or no": config.mixed_precision == "fp16",
+        "gradient_checkpointing: false": bool(config.gradient_checkpointing),
+        "lora.dropout: 0": config.lora.dropout > 0,
+    }
+    if config.cuda_graph and (missing := [what for what, absent in reasons.items() if absent]):
+        raise ValueError(f"cuda_graph: true needs {' and '.join(missing)}; leave it out here")
 
 
 def claim_folder(folder: Path, config: RunConfig) -> Path | None:
@@ -225,7 +244,9 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig) -> Draw
 def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:
     """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32."""
     if config.gradient_checkpointing:
-        pipe.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        pipe.network.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(pipe.network)
     if config.train == "full":
         pipe.network.requires_grad_(True)
         return trainable_in_fp32(pipe)

@@ -7,7 +7,7 @@ downloaded to say what training them takes; their exact numbers of parameters ar
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def network_config(name_or_path: str) -> dict[str, Any]:
     return dict(json.loads(asset(f"architectures/{name}.json").read_text()))
 
 
-def meta_network(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def meta_network(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The network on the meta device, frozen.
 
     Raises:
@@ -64,7 +64,7 @@ def meta_network(config: dict[str, Any], dtype: torch.dtype) -> Any:
     if kind not in NETWORKS:
         raise ValueError(f"expected a network of class {', '.join(NETWORKS)}, got {kind}")
     with torch.device("meta"):
-        return NETWORKS[kind].from_config(config).to(dtype).requires_grad_(False)
+        return NETWORKS[kind].from_config(dict(config)).to(dtype).requires_grad_(False)
 
 
 def attach_meta_lora(network: Any, rank: int, targets: Sequence[str] | str | None) -> int:

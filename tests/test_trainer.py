@@ -279,6 +279,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         ({"data": {"name": "pickapic", "path": "/nowhere/at/all"}}, "/nowhere/at/all"),
         ({"pretrained_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"lora": {"rank": 2, "targets": ["nothing"]}}, "lora.targets"),
+        ({"cuda_graph": True, "mixed_precision": "fp16"}, "cuda_graph: true needs a CUDA device and mixed_precision"),
+        ({"attention": "cudnn"}, "what does: auto, flash, math"),
     ],
 )
 def test_refusals_are_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
