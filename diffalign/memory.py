@@ -51,8 +51,10 @@ def with_checkpointing_planned(
                      ", with gradient checkpointing" if checkpointing else "")  # fmt: skip
             return planned
     usable = USABLE * budget
-    raise ValueError(f"the run needs about {needed / 1e9:.2f} GB, and of {budget / 1e9:.2f} GB that are free "
-                     f"{usable / 1e9:.2f} can be used: {(needed - usable) / 1e9:.2f} GB too few; {smaller(planned)}")
+    raise ValueError(
+        f"the run needs about {needed / 1e9:.2f} GB, and of {budget / 1e9:.2f} GB that are free "
+        f"{usable / 1e9:.2f} can be used: {(needed - usable) / 1e9:.2f} GB too few; {smaller(planned)}"
+    )
 
 
 def smaller(config: RunConfig) -> str:
