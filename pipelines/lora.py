@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.fused_lora import fuse_lora_layers
 from diffalign.sampling import Condition, Policy
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -56,6 +57,7 @@ def attach_lora(
             pipe.network.add_adapter(config, adapter_name=adapter)
         except ValueError as error:
             raise ValueError(f"lora.targets {wanted}: no module of the network has such a name ({error})") from error
+    fuse_lora_layers(pipe.network)
     return trainable_in_fp32(pipe)
 
 
@@ -81,6 +83,7 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
         raise ValueError(f"{file}: not a LoRA for this {pipe.family} network: {error}") from error
     if adapter not in getattr(pipe.network, "peft_config", {}):
         raise ValueError(f"{file}: holds no weights with prefix {pipe.lora_prefix!r}; it was made for another network")
+    fuse_lora_layers(pipe.network)
     for name, parameter in pipe.network.named_parameters():
         parameter.requires_grad_(trainable and f".{adapter}." in name)
 
