@@ -13,7 +13,7 @@ class FusedLinear(Linear):
     """out = W x + scale * B (A x), where peft multiplies and adds in kernels of their own.
 
     Each of those reads and writes the whole output, forward and backward: about a quarter of the elementwise traffic of
-    a LoRA step of SDXL. In fp32 the results are the same to the bit while the scale is 1; in 16 bit they round once less.
+    a LoRA step of SDXL. In fp32 the results are the same to the bit while the scale is 1, in 16 bit rounded once less.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
