@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ def shares(model: Architecture) -> Shares:
     picture = torch.empty(1, 3, model.resolution, model.resolution, device=meta)
     vae = _counted(encoders.vae, lambda: encoders.vae.encode(picture))
     ids = torch.zeros(1, CLIP_TOKENS, dtype=torch.long, device=meta)
-    text = sum(_counted(encoder, lambda encoder=encoder: encoder(ids)) for encoder in encoders.texts)
+    text = sum(_counted(encoder, partial(encoder, ids)) for encoder in encoders.texts)
     return Shares(sum(p.numel() for p in network.parameters()), forward, vae / forward, text / forward)
 
 
