@@ -112,7 +112,7 @@ def report(times: Mapping[str, Sequence[float]], found: Mapping[str, Mapping[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--update-counts", action="store_true", help="write op_counts.json anew, time nothing")
     args = parser.parse_args(arguments)
