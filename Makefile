@@ -14,7 +14,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow lint types bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -31,6 +31,14 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy
+
+# ours and a plain DPO step on a small SDXL, on the CPU
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.dpo_step --out runs/bench.json
+
+# the same at full size on one GPU: one call, nothing to download, under 9 minutes
+bench-gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu --minutes 9 --out runs/bench-gpu.json
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

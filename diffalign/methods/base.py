@@ -56,7 +56,8 @@ class PairBatch:
 class Noised:
     """Samples at a time: x_t, the target y, both [N, ...], t [N], the condition, and label [B] as in `PairBatch`.
 
-    For pairs N = 2B: all winners, then all losers.
+    For pairs N = 2B: all winners, then all losers. `reference_errors` [N], where they are known from an earlier pass
+    over these very samples, spare the reference's pass: same kernels, precision and batch shape, or the logit is noise.
     """
 
     x_t: Tensor
@@ -64,6 +65,7 @@ class Noised:
     t: Tensor
     condition: Condition
     label: Tensor
+    reference_errors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,18 @@ def noise_together(
 
 def errors(run: Run, batch: Noised) -> tuple[Tensor, Tensor]:
     """(m, r) [N]: squared errors of policy (with gradient) and reference (without), on identical inputs."""
+    r = reference_errors(run, batch) if batch.reference_errors is None else batch.reference_errors
+    return squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y), r
+
+
+@torch.no_grad()
+def reference_errors(run: Run, batch: Noised) -> Tensor:
+    """r [N]: what `Noised.reference_errors` may hold when the same samples come again.
+
+    Raises:
+        ValueError: the run has no reference.
+    """
     if run.reference is None:
         raise ValueError("this method compares the policy with a reference, and the run has none; "
                          "set reference: {name: adapter_off} or {name: frozen_copy}")  # fmt: skip
-    with torch.no_grad():
-        r = squared_error(run.reference(batch.x_t, batch.t, batch.condition), batch.y)
-    return squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y), r
+    return squared_error(run.reference(batch.x_t, batch.t, batch.condition), batch.y)

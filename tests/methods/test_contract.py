@@ -7,7 +7,7 @@ import torch
 from toy import PROCESSES, ROWS, Denoiser
 
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
+from diffalign.methods.base import Method, Need, Noised, PairBatch, Run, reference_errors
 from diffalign.sampling import Condition
 from diffalign.table import build
 
@@ -196,3 +196,18 @@ def test_needs_are_declared_and_sections_build(name: str) -> None:
 def test_bad_sections_are_named(section: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(METHODS, section, what="method")
+
+
+def test_known_reference_errors_spare_the_reference_and_change_nothing() -> None:
+    policy, reference = networks("vp", "epsilon")
+    torch.nn.init.normal_(policy.mean)
+    state = run(policy, reference)
+    rule = method("dpo")
+    with torch.no_grad():
+        (noised,) = rule.prepare(state, pairs(4))
+    known = replace(noised, reference_errors=reference_errors(state, noised))
+    alone = replace(state, reference=None)
+    with pytest.raises(ValueError, match="needs|has none"):
+        rule.loss(alone, noised)
+    assert torch.equal(rule.loss(alone, known).value, rule.loss(state, noised).value)
+    assert not known.reference_errors.requires_grad

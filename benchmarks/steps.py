@@ -1,0 +1,158 @@
+"""One Diffusion-DPO LoRA step as this package takes it, and what it has in common with the plain one.
+
+`Ours` calls the package's own method, pipeline, reference and optimizer on cached latents and embeddings, as the
+trainer does. Neither step reads files or writes logs; for the plain one (`benchmarks/plain.py`) that is a favor: it
+would decode pictures and tokenize prompts at every step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.models import CLIP_TOKENS, Architecture, build_pipeline
+from diffalign.config import RunConfig, load_config
+from diffalign.methods.base import PairBatch, Run, reference_errors
+from diffalign.methods.dpo import DPO
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.lora import attach_lora, without_adapters
+from diffalign.sampling import Condition
+from diffalign.startup import adamw
+
+BETA = 5000.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network in training, its LoRA parameters, and where and in what precision it computes."""
+
+    model: Architecture
+    pipe: LatentPipeline
+    parameters: list[torch.nn.Parameter]
+    device: torch.device
+    dtype: torch.dtype
+    config: RunConfig
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """As the trainer's: on for 16 bit, off for fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32)
+
+
+def build_subject(model: Architecture, device: torch.device, dtype: torch.dtype, rank: int) -> Subject:
+    """The model with a fresh adapter, whose B is not zero: at zero every logit is 0 and parity would show little."""
+    torch.manual_seed(0)
+    pipe = build_pipeline(model, device, dtype)
+    parameters = attach_lora(pipe, rank=rank)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(1e-2 * torch.randn_like(parameter))
+    config = load_config({"pretrained_model_name_or_path": "none", "learning_rate": 1e-5,
+                          "data": {"name": "pickapic", "path": "none"}})  # fmt: skip
+    return Subject(model, pipe, parameters, device, dtype, config)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """B pairs as the cache has them: moments of the scaled latents [2B, C, h, w] on the CPU, conditions [B, ...]."""
+
+    mean: Tensor
+    logvar: Tensor
+    condition: Condition
+
+    def batch(self, generator: torch.Generator, device: torch.device) -> PairBatch:
+        """Draws from the posteriors on the CPU, winners first, as `diffalign.batches` does."""
+        pairs = zip(self.mean.chunk(2), self.logvar.chunk(2), strict=True)
+        drawn = [mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator) for mean, logvar in pairs]
+        winner, loser = (latents.to(device) for latents in drawn)
+        return PairBatch(winner, loser, self.condition, torch.ones(len(winner), device=device))
+
+
+def random_cached(model: Architecture, pairs: int, device: torch.device) -> Cached:
+    """Latents and embeddings of the right shapes, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    network, side = model.network, model.resolution // 8
+    shape = (2 * pairs, network["in_channels"], side, side)
+    wide = "joint_attention_dim" if model.flow else "cross_attention_dim"
+    tokens = CLIP_TOKENS + (model.t5_tokens if model.t5 else 0)
+    condition = {
+        "prompt_embeds": torch.randn(pairs, tokens, network[wide], generator=generator),
+        "text_embeds": torch.randn(pairs, pooled_width(model), generator=generator),
+    }
+    moved = {name: value.to(device) for name, value in condition.items()}
+    return Cached(torch.randn(shape, generator=generator), torch.full(shape, -6.0), moved)
+
+
+def pooled_width(model: Architecture) -> int:
+    """Width of the pooled embedding."""
+    first, second = (config["projection_dim"] for config in model.texts)
+    return first + second if model.flow else second
+
+
+class Step(ABC):
+    """One optimizer step; `loss` is apart so that gradients can be compared and kept activations counted."""
+
+    def __init__(self, subject: Subject, optimizer: torch.optim.Optimizer, checkpointing: bool) -> None:
+        self.subject, self.optimizer, self.checkpointing = subject, optimizer, checkpointing
+
+    def enter(self) -> None:
+        """Switches checkpointing as this variant wants it; before a step, and not part of its time."""
+        network = self.subject.pipe.network
+        if self.checkpointing:
+            network.enable_gradient_checkpointing()
+        else:
+            network.disable_gradient_checkpointing()
+
+    @abstractmethod
+    def loss(self, seed: int) -> Tensor:
+        """The mean loss of the pairs, from draws that follow from the seed alone."""
+
+    def __call__(self, seed: int) -> None:
+        self.loss(seed).backward()
+        torch.nn.utils.clip_grad_norm_(self.subject.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Ours(Step):
+    """The package's step: method, pipeline, reference and optimizer are its own.
+
+    Args:
+        cached_reference: the reference's errors are computed once per seed and then looked up.
+    """
+
+    def __init__(
+        self, subject: Subject, cached: Cached, checkpointing: bool = False, cached_reference: bool = False
+    ) -> None:
+        super().__init__(subject, adamw(subject.parameters, subject.config), checkpointing)
+        self.cached, self.method = cached, DPO(beta=BETA)
+        self.reference = without_adapters(subject.pipe)
+        self.reference_errors: dict[int, Tensor] | None = {} if cached_reference else None
+
+    def loss(self, seed: int) -> Tensor:
+        pipe = self.subject.pipe
+        generator = torch.Generator().manual_seed(seed)
+        run = Run(pipe.predict, self.reference, pipe.process, pipe.parametrization, generator)
+        with self.subject.autocast():
+            with torch.no_grad():
+                (noised,) = self.method.prepare(run, self.cached.batch(generator, self.subject.device))
+                if self.reference_errors is not None:
+                    if seed not in self.reference_errors:
+                        self.reference_errors[seed] = reference_errors(run, noised)
+                    noised = replace(noised, reference_errors=self.reference_errors[seed])
+            return self.method.loss(run, noised).value.mean()
+
+
+def gradients(step: Step, seed: int) -> tuple[float, Tensor]:
+    """(loss, all gradients as one vector) of one step that changes no weight."""
+    step.enter()
+    value = step.loss(seed)
+    value.backward()
+    parameters = step.subject.parameters
+    vector = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return value.item(), vector
