@@ -32,9 +32,10 @@ from benchmarks.gpu_report import BASELINE, CACHED_REFERENCE, Row, goals, report
 from benchmarks.measure import versions, write_json
 from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
-from benchmarks.steps import Ours, Step, Subject, build_subject, random_cached
+from benchmarks.steps import Ours, Recorded, Step, Subject, build_subject, random_cached
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import stock_warnings_off
+from diffalign.pipelines.compiling import compile_blocks
 
 RANK = 16
 PRINTED_RATE = 989e12  # FLOP/s of an H200: dense bf16, from the data sheet
@@ -63,14 +64,40 @@ def _cached_reference(subject: Subject, pairs: int, checkpointing: bool) -> Step
     return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing, cached_reference=True)
 
 
+def _recorded(subject: Subject, pairs: int, checkpointing: bool) -> Step:
+    return Recorded(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
+
+
+def _attention(backend: str) -> Callable[[Subject, int, bool], Step]:
+    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
+        cached = random_cached(subject.model, pairs, subject.device)
+        return Ours(subject, cached, checkpointing, attention=backend)
+
+    return make
+
+
+@contextlib.contextmanager
+def _compiled(pipe: LatentPipeline) -> Iterator[None]:
+    compile_blocks(pipe.network, "inductor" if pipe.network.device.type == "cuda" else "aot_eager")
+    try:
+        yield
+    finally:
+        for module in pipe.network.modules():
+            module._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
 # Top to bottom while there is time; VAE and text encoders are in memory for the plain rows only.
-# A new way to run the step is one line:
-#     "ours, compiled": Variant(_ours, around=compiled),    compiled(pipe): a context manager
-#     "ours, graph": Variant(_graph),                       _graph(subject, pairs, checkpointing): a Step
+# A new way to run the step is one line.
 VARIANTS: dict[str, Variant] = {
     BASELINE: Variant(None, checkpointing=True),
     "ours": Variant(_ours),
+    "ours, recorded": Variant(_recorded),
     "ours, checkpointing": Variant(_ours, checkpointing=True),
+    "ours, compiled": Variant(_ours, around=_compiled),
+    "ours, recorded and compiled": Variant(_recorded, around=_compiled),
+    "ours, flash attention": Variant(_attention("flash")),
+    "ours, cudnn attention": Variant(_attention("cudnn")),
     CACHED_REFERENCE: Variant(_cached_reference),
     "plain": Variant(None),
 }
@@ -194,12 +221,12 @@ def measured_row(variant: Variant, subject: Subject, encoders: Encoders | None, 
             return timed(step, pairs, size, subject.device)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: an attention backend that is not there
         return {"failed": str(error).splitlines()[0]}
     finally:
         subject.pipe.network.enable_adapters()  # a plain step that failed may have left them off
         for parameter in subject.parameters:
-            parameter.grad = None
+            parameter.grad = None  # a recording wants to find them in place, and is gone by now
 
 
 def model_rows(name: str, size: Size, device: torch.device, clock: Clock, share: float, rate: float) -> Iterator[Row]:

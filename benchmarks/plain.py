@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from benchmarks.models import CLIP_TOKENS, SCHEDULE, Architecture, Encoders, example_ids
 from benchmarks.steps import BETA, Cached, Step, Subject
+from diffalign.pipelines.attention import Routed
+from diffalign.pipelines.fused_lora import FusedLinear
 
 VAE_BATCH = 8  # pictures that are encoded at once
 
@@ -66,6 +70,14 @@ class Plain(Step):
     @abstractmethod
     def predict(self, x_t: Tensor, time: Tensor, embeddings: Tensor, pooled: Tensor) -> Tensor:
         """The network's output."""
+
+    def equip(self, network: Any) -> None:
+        """The layers that peft has made, and the attention that diffusers chooses."""
+        for module in network.modules():
+            if isinstance(module, FusedLinear):
+                module.__class__ = Linear
+            if isinstance(getattr(module, "processor", None), Routed):
+                module.processor = module.processor.inner
 
     def loss(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

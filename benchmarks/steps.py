@@ -8,17 +8,22 @@ would decode pictures and tokenize prompts at every step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.models import CLIP_TOKENS, Architecture, build_pipeline
 from diffalign.config import RunConfig, load_config
-from diffalign.methods.base import PairBatch, Run, reference_errors
+from diffalign.graphs import cuda_graph, graphed
+from diffalign.methods.base import Noised, PairBatch, Run, reference_errors
 from diffalign.methods.dpo import DPO
+from diffalign.pipelines.attention import require, set_attention
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.fused_lora import fuse_lora_layers
 from diffalign.pipelines.lora import attach_lora, without_adapters
 from diffalign.sampling import Condition
 from diffalign.startup import adamw
@@ -99,12 +104,17 @@ class Step(ABC):
         self.subject, self.optimizer, self.checkpointing = subject, optimizer, checkpointing
 
     def enter(self) -> None:
-        """Switches checkpointing as this variant wants it; before a step, and not part of its time."""
+        """Sets the network up as this variant wants it; before a step, and not part of its time."""
         network = self.subject.pipe.network
         if self.checkpointing:
             network.enable_gradient_checkpointing()
         else:
             network.disable_gradient_checkpointing()
+        self.equip(network)
+
+    @abstractmethod
+    def equip(self, network: Any) -> None:
+        """Gives the network this variant's LoRA layers and attention."""
 
     @abstractmethod
     def loss(self, seed: int) -> Tensor:
@@ -122,28 +132,77 @@ class Ours(Step):
 
     Args:
         cached_reference: the reference's errors are computed once per seed and then looked up.
+        attention: a row of `diffalign.pipelines.attention.BACKENDS`.
+
+    Raises:
+        ValueError: an attention backend that does not run here.
     """
 
     def __init__(
-        self, subject: Subject, cached: Cached, checkpointing: bool = False, cached_reference: bool = False
+        self,
+        subject: Subject,
+        cached: Cached,
+        checkpointing: bool = False,
+        cached_reference: bool = False,
+        attention: str = "auto",
     ) -> None:
         super().__init__(subject, adamw(subject.parameters, subject.config), checkpointing)
-        self.cached, self.method = cached, DPO(beta=BETA)
+        require(attention, subject.device, subject.dtype)
+        self.cached, self.method, self.attention = cached, DPO(beta=BETA), attention
         self.reference = without_adapters(subject.pipe)
         self.reference_errors: dict[int, Tensor] | None = {} if cached_reference else None
 
+    def equip(self, network: Any) -> None:
+        fuse_lora_layers(network)
+        set_attention(network, self.attention)
+
+    def run(self, seed: int) -> Run:
+        """What the method is given."""
+        pipe, generator = self.subject.pipe, torch.Generator().manual_seed(seed)
+        return Run(pipe.predict, self.reference, pipe.process, pipe.parametrization, generator)
+
+    @torch.no_grad()
+    def noised(self, run: Run, seed: int) -> Noised:
+        """The batch, and the noise that it is trained at."""
+        (noised,) = self.method.prepare(run, self.cached.batch(run.generator, self.subject.device))
+        if self.reference_errors is None:
+            return noised
+        if seed not in self.reference_errors:
+            self.reference_errors[seed] = reference_errors(run, noised)
+        return replace(noised, reference_errors=self.reference_errors[seed])
+
     def loss(self, seed: int) -> Tensor:
-        pipe = self.subject.pipe
-        generator = torch.Generator().manual_seed(seed)
-        run = Run(pipe.predict, self.reference, pipe.process, pipe.parametrization, generator)
+        run = self.run(seed)
         with self.subject.autocast():
-            with torch.no_grad():
-                (noised,) = self.method.prepare(run, self.cached.batch(generator, self.subject.device))
-                if self.reference_errors is not None:
-                    if seed not in self.reference_errors:
-                        self.reference_errors[seed] = reference_errors(run, noised)
-                    noised = replace(noised, reference_errors=self.reference_errors[seed])
-            return self.method.loss(run, noised).value.mean()
+            return self.method.loss(run, self.noised(run, seed)).value.mean()
+
+
+class Recorded(Ours):
+    """Ours, with reference, policy and backward pass recorded once as a CUDA graph, and replayed.
+
+    Without a GPU it is not recorded, and runs through the same buffers.
+    """
+
+    def __init__(self, subject: Subject, cached: Cached, checkpointing: bool = False) -> None:
+        super().__init__(subject, cached, checkpointing)
+        record = cuda_graph if subject.device.type == "cuda" else _as_it_is
+        self.replayed = graphed(self._learn, subject.parameters, record)
+
+    def __call__(self, seed: int) -> None:
+        with self.subject.autocast():
+            self.replayed(self.noised(self.run(seed), seed))
+        torch.nn.utils.clip_grad_norm_(self.subject.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def _learn(self, noised: Noised) -> dict[str, Tensor]:
+        value = self.method.loss(self.run(0), noised).value
+        value.mean().backward()
+        return {"loss": value.detach()}
+
+
+def _as_it_is(run: Callable[[], None]) -> Callable[[], None]:
+    return run
 
 
 def gradients(step: Step, seed: int) -> tuple[float, Tensor]:

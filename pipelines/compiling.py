@@ -13,8 +13,11 @@ COMPILED = ("BasicTransformerBlock", "JointTransformerBlock")
 VARIANTS = 64
 
 
-def compile_blocks(network: torch.nn.Module) -> int:
+def compile_blocks(network: torch.nn.Module, backend: str = "inductor") -> int:
     """Compiles the network's repeated blocks in place, at their first call; returns how many there are.
+
+    Args:
+        backend: of torch.compile; "aot_eager" only traces, which tells in seconds whether inductor could compile.
 
     Raises:
         ValueError: the network has no block of a known kind.
@@ -25,7 +28,7 @@ def compile_blocks(network: torch.nn.Module) -> int:
                          f"got {type(network).__name__}")  # fmt: skip
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
     return len(blocks)
 
 
