@@ -29,6 +29,7 @@ if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "train": ("lora", "full"),
+    "micro_conditioning": ("data", "fixed"),
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "report_to": ("tensorboard", "wandb", "trackio", "none"),
@@ -62,6 +63,9 @@ class RunConfig:
     resolution: int = 512  # pixels of the short side, and of the crop
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
+    # data | fixed: what SDXL is told of sizes and crops. Told the truth, as it and every trainer of it does, it keeps
+    # apart what a picture shows and how it was cut or enlarged; fixed says "whole, of its own size" of every picture
+    micro_conditioning: str = "data"
 
     train: str = "lora"  # lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -188,8 +188,9 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
         cache = Cache(Path(config.cache_dir), pipe)
         if accelerator.is_main_process:
             cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
+    told = pipe.frame_condition if config.micro_conditioning == "data" else None
     return Batches(
-        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed
+        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed, told
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from diffalign.data.images import Frame
 from diffalign.pipelines.common import fingerprint, text_parts, vae_decode, vae_moments
 from diffalign.process import NoiseProcess
 from diffalign.sampling import Condition
@@ -61,6 +62,10 @@ class LatentPipeline(ABC):
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """What the network says, fp32 [B, ...], at process times t [B]: the policy."""
+
+    def frame_condition(self, frames: Sequence[Frame]) -> Condition:
+        """What the network is told of where its training pictures come from, beside the prompt; of most nothing."""
+        return {}
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, log-variance) of the latents, each fp32 [B, C, h, w], of pixels [B, 3, H, W] in [0, 1]."""

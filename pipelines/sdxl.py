@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from diffalign.data.images import Frame
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import (
     ddim_times,
@@ -59,6 +60,11 @@ class StableDiffusionXL(LatentPipeline):
             return condition
         said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
         return {name: value * per_sample(said, value) for name, value in condition.items()}
+
+    def frame_condition(self, frames: Sequence[Frame]) -> Condition:
+        """`time_ids` [B, 6], fp32: original size, corner of the crop, size of the crop, as SDXL was trained."""
+        ids = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
+        return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
 
     def times(self, steps: int) -> Tensor:
         return ddim_times(self._scheduler, steps)
