@@ -71,6 +71,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     init_lora: str | None = None  # continue this LoRA instead of a fresh one
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    train_timesteps: list[int] | None = None  # train at these times of the network alone: [249, 499, 749, 999] of Turbo
     reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})
     rewards: dict[str, Any] = field(default_factory=dict)  # name: weight, or name: {weight, keywords}
 
@@ -251,6 +252,12 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if key == "validation_prompts":
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"validation_prompts: expected a list of texts, got {value!r}")
+        return value
+    if key == "train_timesteps":
+        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if value is not None and not (whole and value):
+            raise ValueError(f"train_timesteps: expected a list of whole numbers such as [249, 499, 749, 999], "
+                             f"or null for all times, got {value!r}")  # fmt: skip
         return value
     if key == "rewards":
         if not isinstance(value, Mapping):

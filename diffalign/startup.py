@@ -27,6 +27,7 @@ from diffalign.methods.base import Method, Need
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.process import NoiseProcess, at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
@@ -83,6 +84,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     log.info(pairs.summary())
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+    if resolved.train_timesteps:
+        pipe.process = few_times(pipe.process, resolved.train_timesteps, method)
     data = cached(pipe, pairs, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved)
     pipe.release()
@@ -174,6 +177,18 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
     if config.train == "full":
         return torch.float32
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+
+
+def few_times(process: NoiseProcess, timesteps: Sequence[int], method: Method) -> NoiseProcess:
+    """The process that trains at these times alone.
+
+    Raises:
+        ValueError: a time that the model has not, or none in the method's own range; before hours of caching.
+    """
+    restricted = at_timesteps(process, timesteps)
+    low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
+    restricted.training_times(1, torch.Generator(), low, high)
+    return restricted
 
 
 def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: Accelerator) -> Batches:

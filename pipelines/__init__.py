@@ -16,6 +16,13 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:StableDiffusion3",
 }
+UNSERVED: dict[str, str] = {  # what to do instead, where more is to be said than that a family is not there
+    "StableDiffusionXLImg2ImgPipeline": (
+        "the SDXL refiner, with its one text encoder and aesthetic score, is not served; train the base on the "
+        "refiner's times with method.time_high: 0.2 (a base that was saved under this class: load it as "
+        "StableDiffusionXLPipeline and save it again)"
+    ),
+}
 SHIPPED = ("tiny-sd",)  # folders of diffalign.assets that are models
 
 
@@ -44,7 +51,7 @@ def load_pipeline(
     if name not in PIPELINES:
         raise ValueError(
             f"{name_or_path}: expected a pipeline of {', '.join(PIPELINES)}, got {name}; "
-            f"a new family is one file in pipelines/ and one row in its table"
+            f"{UNSERVED.get(name, 'a new family is one file in pipelines/ and one row in its table')}"
         )
     family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
     return family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)

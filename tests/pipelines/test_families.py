@@ -247,6 +247,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="expected a pipeline of StableDiffusionPipeline, .* got FluxPipeline"):
         load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLImg2ImgPipeline"}')
+    with pytest.raises(ValueError, match=r"refiner, .* is not served; train the base .* method.time_high: 0.2"):
+        load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="not complete"):
         load_pipeline(tmp_path)
