@@ -26,7 +26,7 @@ from diffalign.methods import METHODS
 from diffalign.methods.base import Method, Need
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
 from diffalign.process import NoiseProcess, at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.rewards import load_rewards
@@ -84,6 +84,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     log.info(pairs.summary())
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant)  # fmt: skip
+    if resolved.init_lora:
+        check_lora(pipe, resolved.init_lora)
     if resolved.train_timesteps:
         pipe.process = few_times(pipe.process, resolved.train_timesteps, method)
     data = cached(pipe, pairs, resolved, accelerator)
