@@ -31,6 +31,7 @@ class LatentPipeline(ABC):
     family: ClassVar[str]  # "sd", "sdxl", ...
     lora_prefix: ClassVar[str]  # the network's name in the stock pipeline and in a LoRA file: "unet" or "transformer"
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
+    parts: ClassVar[tuple[str, ...]] = ()  # of the stock pipeline, without which it does not work
 
     process: NoiseProcess
     parametrization: str  # a key of diffalign.process.PARAMETRIZATIONS

@@ -36,6 +36,15 @@ class StableDiffusionXL(LatentPipeline):
     family: ClassVar[str] = "sdxl"
     lora_prefix: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    parts: ClassVar[tuple[str, ...]] = (
+        "unet",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    )
 
     def __init__(self, stock: StableDiffusionXLPipeline, name: str) -> None:
         super().__init__(stock, name)
