@@ -78,6 +78,19 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
+    try:
+        return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
+    except ValueError:
+        if checkpoint is None and accelerator.is_main_process:
+            unclaim_folder(folder)
+        raise
+
+
+def _prepare_claimed(
+    resolved: RunConfig, method: Method, make_reference: MakeReference, folder: Path, accelerator: Accelerator,
+    checkpoint: Path | None,
+) -> Prepared:  # fmt: skip
+    """The rest of `prepare_run`, in a folder that is this run's."""
     accelerator.init_trackers("diffalign")
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
@@ -137,6 +150,11 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     dump(config, stored)
     return checkpoint
+
+
+def unclaim_folder(folder: Path) -> None:
+    """Takes the config out again when a run is refused before its first step: the corrected run may have the folder."""
+    (folder / RESUMED_CONFIG).unlink(missing_ok=True)
 
 
 def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
