@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffalign.cache import Cache
+from diffalign.data.images import Frame
 from diffalign.data.pairs import Pair, epoch_order
 from diffalign.methods.base import PairBatch
 from diffalign.process import moved
+from diffalign.sampling import Condition
+
+FrameCondition = Callable[[Sequence[Frame]], Condition]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Batches:
     batch_size: int
     validation_batch_size: int
     seed: int
+    frame_condition: FrameCondition | None = None  # what the network is told of a pair beside its prompt
 
     @functools.cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -61,7 +66,10 @@ class Batches:
     ) -> PairBatch:
         moments = [self.cache.moments(pair) for pair in pairs]
         winner, loser = (moved(_posterior_sample([m[side] for m in moments], generator), device) for side in (0, 1))
-        condition = {name: moved(value, device) for name, value in self.cache.condition(prompts).items()}
+        condition = self.cache.condition(prompts)
+        if self.frame_condition:
+            condition |= self.frame_condition([pair.frame for pair in pairs])
+        condition = {name: moved(value, device) for name, value in condition.items()}
         return PairBatch(winner, loser, condition, moved(torch.tensor([pair.label for pair in pairs]), device))
 
 

@@ -113,6 +113,7 @@ class Cache:
                 seen.update(keys)
                 if keys:
                     mean, logvar = pipe.encode(torch.stack([pictures[key] for key in keys]).float() / 255)
+                    _refuse_overflow(mean, logvar, some)
                     moments = [
                         {"mean": self._stored(m), "logvar": self._stored(v)} for m, v in zip(mean, logvar, strict=True)
                     ]
@@ -123,6 +124,14 @@ class Cache:
 
 def _pictures(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     return {_hash(key): pixels for pair in pairs for key, pixels in zip(pair.cache_keys(), pair.pixels(), strict=True)}
+
+
+def _refuse_overflow(mean: Tensor, logvar: Tensor, pairs: Sequence[Pair]) -> None:
+    """What is not finite would stay in the cache, and spoil every run that reads it."""
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise ValueError(f"the VAE gave latents that are not finite for pictures of {pairs[0].record.source} to "
+                         f"{pairs[-1].record.source}: expected numbers; in fp16 a VAE may overflow, so set "
+                         f"mixed_precision: bf16, or take a VAE that is repaired for fp16")  # fmt: skip
 
 
 def _float32(value: Tensor) -> Tensor:

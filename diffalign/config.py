@@ -29,6 +29,7 @@ if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "train": ("lora", "full"),
+    "micro_conditioning": ("data", "fixed"),
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "report_to": ("tensorboard", "wandb", "trackio", "none"),
@@ -62,11 +63,15 @@ class RunConfig:
     resolution: int = 512  # pixels of the short side, and of the crop
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
+    # data | fixed: what SDXL is told of sizes and crops. Told the truth, as it and every trainer of it does, it keeps
+    # apart what a picture shows and how it was cut or enlarged; fixed says "whole, of its own size" of every picture
+    micro_conditioning: str = "data"
 
     train: str = "lora"  # lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)
     init_lora: str | None = None  # continue this LoRA instead of a fresh one
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    train_timesteps: list[int] | None = None  # train at these times of the network alone: [249, 499, 749, 999] of Turbo
     reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})
     rewards: dict[str, Any] = field(default_factory=dict)  # name: weight, or name: {weight, keywords}
 
@@ -251,6 +256,12 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     if key == "validation_prompts":
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"validation_prompts: expected a list of texts, got {value!r}")
+        return value
+    if key == "train_timesteps":
+        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if value is not None and not (whole and value):
+            raise ValueError(f"train_timesteps: expected a list of whole numbers such as [249, 499, 749, 999], "
+                             f"or null for all times, got {value!r}")  # fmt: skip
         return value
     if key == "rewards":
         if not isinstance(value, Mapping):

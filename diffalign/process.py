@@ -9,7 +9,7 @@ Nothing here knows a network. Coefficients are fp32, one per sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +39,10 @@ class NoiseProcess(ABC):
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
         """What the network calls this time."""
+
+    @abstractmethod
+    def from_network_time(self, timestep: Tensor) -> Tensor:
+        """The time that the network calls so: the inverse of `network_time`, fp32."""
 
     @abstractmethod
     def training_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -76,6 +80,9 @@ class VariancePreserving(NoiseProcess):
     def network_time(self, t: Tensor) -> Tensor:
         return t.round().long()
 
+    def from_network_time(self, timestep: Tensor) -> Tensor:
+        return timestep.float()
+
     def training_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
         total = len(self.alphas_cumprod)
         first, last = round(low * (total - 1)), round(high * (total - 1))
@@ -101,6 +108,9 @@ class RectifiedFlow(NoiseProcess):
     def network_time(self, t: Tensor) -> Tensor:
         return t.float() * self.scale
 
+    def from_network_time(self, timestep: Tensor) -> Tensor:
+        return timestep.float() / self.scale
+
     def training_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Logit-normal(0, 1), then shifted; `low` and `high` cut the result."""
         u = torch.sigmoid(torch.randn(count, generator=generator))
@@ -109,6 +119,59 @@ class RectifiedFlow(NoiseProcess):
 
     def fraction(self, t: Tensor) -> Tensor:
         return t.float()
+
+
+@dataclass(frozen=True, eq=False)
+class FewTimes(NoiseProcess):
+    """Another process of which only some times are trained, all of them equally often.
+
+    For networks that were distilled to a few steps and know no time between: SD-Turbo and SDXL-Turbo have 249, 499,
+    749 and 999 of 1000 (Sauer et al. 2023, arXiv 2311.17042). Sampling is left as it is.
+    """
+
+    process: NoiseProcess
+    times: Tensor  # [K], times of `process`
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.process.coefficients(t)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return self.process.network_time(t)
+
+    def from_network_time(self, timestep: Tensor) -> Tensor:
+        return self.process.from_network_time(timestep)
+
+    def training_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform over those of `times` that lie in the range.
+
+        Raises:
+            ValueError: none does.
+        """
+        fraction = self.process.fraction(self.times)
+        inside = self.times[(fraction >= low) & (fraction <= high)]
+        if not len(inside):
+            shares = ", ".join(f"{share:.3f}" for share in fraction.tolist())
+            raise ValueError(f"none of the train_timesteps lies in the trained part of the noise axis, {low} to "
+                             f"{high}: expected one at least, and they lie at {shares}; change them or the method's "
+                             f"time_low and time_high")  # fmt: skip
+        return inside[torch.randint(len(inside), (count,), generator=generator)]
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return self.process.fraction(t)
+
+
+def at_timesteps(process: NoiseProcess, timesteps: Sequence[int]) -> FewTimes:
+    """The process with training at these times alone, given as the network calls them.
+
+    Raises:
+        ValueError: one that the process does not have.
+    """
+    times = process.from_network_time(torch.tensor(list(timesteps)))
+    for timestep, share in zip(timesteps, process.fraction(times).tolist(), strict=True):
+        if timestep < 0 or share > 1:
+            raise ValueError(f"train_timesteps: expected times of the model, from 0 to the end of its noise axis, "
+                             f"got {timestep}, which lies at {share:.3f} of it")  # fmt: skip
+    return FewTimes(process, times)
 
 
 Row = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

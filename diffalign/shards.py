@@ -27,6 +27,7 @@ log = logging.getLogger("diffalign")
 
 Entry = dict[str, Tensor]
 
+VERSION = "1"  # of the layout of a shard; one without a number has this
 FLUSH_BYTES = 64 << 20  # a shard is written when so much is there
 OPEN_FILES = 64
 ABANDONED = 24 * 3600  # seconds after which a temporary file belongs to no live process
@@ -43,8 +44,13 @@ class Shards:
         self.flush_seconds = flush_seconds
         self._file: dict[str, Path] = {}  # key -> its shard
         self._index: dict[Path, dict[str, tuple[int, list[str]]]] = {}  # shard -> key -> checksum, names of tensors
+        self._warned = False  # of shards of another version, once
         self._open: dict[Path, safe_open] = {}  # type: ignore[type-arg]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the cache folder {folder} cannot be made ({error.strerror}): expected a cache_dir that "
+                             f"is a folder, and in which this user may write; set another") from error  # fmt: skip
         self._remove_abandoned()
         self.refresh()
 
@@ -58,7 +64,7 @@ class Shards:
                 continue
             try:
                 with safe_open(file, "pt") as opened:  # fails for a file that is shorter than its header says
-                    index = json.loads((opened.metadata() or {})["index"])
+                    index = self._index_of(file, opened.metadata() or {})
             except FileNotFoundError:
                 continue  # another process has just set it aside
             except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -67,6 +73,18 @@ class Shards:
             self._index[file] = index
             for key in index:
                 self._file.setdefault(key, file)
+
+    def _index_of(self, file: Path, metadata: dict[str, str]) -> dict[str, tuple[int, list[str]]]:
+        """What a shard says is in it; of another version nothing, and the file is left to those who can read it."""
+        version = metadata.get("version", VERSION)
+        if version == VERSION:
+            return dict(json.loads(metadata["index"]))
+        if not self._warned:
+            log.warning("cache: %s was written by another version of diffalign (its format is %s, this one reads %s): "
+                        "such files are left alone, what is in them is computed again",
+                        file, version, VERSION)  # fmt: skip
+        self._warned = True
+        return {}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are not there, each once, in order."""
@@ -117,7 +135,7 @@ class Shards:
         partial = self.folder / f"{name}.partial"
         try:
             with partial.open("wb") as opened:  # not safetensors' own writer: its error would not be an OSError
-                opened.write(save(flat, {"index": json.dumps(index)}))
+                opened.write(save(flat, {"index": json.dumps(index), "version": VERSION}))
                 opened.flush()
                 os.fsync(opened.fileno())
             os.replace(partial, self.folder / f"{time.time_ns():020d}-{name}.safetensors")
@@ -187,7 +205,7 @@ class Shards:
 
     def _remove_abandoned(self) -> None:
         for partial in self.folder.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone meanwhile, or in a folder that only its owner may write
                 if time.time() - partial.stat().st_mtime > ABANDONED:
                     partial.unlink()
 

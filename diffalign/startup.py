@@ -28,7 +28,8 @@ from diffalign.methods.base import Method, Need
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
-from diffalign.pipelines.lora import attach_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.process import NoiseProcess, at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
@@ -81,6 +82,19 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     accelerator = make_accelerator(resolved, folder)
     refuse_graph(resolved, accelerator)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
+    try:
+        return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
+    except ValueError:
+        if checkpoint is None and accelerator.is_main_process:
+            unclaim_folder(folder)
+        raise
+
+
+def _prepare_claimed(
+    resolved: RunConfig, method: Method, make_reference: MakeReference, folder: Path, accelerator: Accelerator,
+    checkpoint: Path | None,
+) -> Prepared:  # fmt: skip
+    """The rest of `prepare_run`, in a folder that is this run's."""
     accelerator.init_trackers("diffalign")
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
@@ -88,6 +102,10 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
                          attention=resolved.attention)  # fmt: skip
+    if resolved.init_lora:
+        check_lora(pipe, resolved.init_lora)
+    if resolved.train_timesteps:
+        pipe.process = few_times(pipe.process, resolved.train_timesteps, method)
     data = cached(pipe, pairs, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved)
     pipe.release()
@@ -154,6 +172,11 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
+def unclaim_folder(folder: Path) -> None:
+    """Takes the config out again when a run is refused before its first step: the corrected run may have the folder."""
+    (folder / RESUMED_CONFIG).unlink(missing_ok=True)
+
+
 def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     different = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
     if different:
@@ -196,6 +219,18 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
 
 
+def few_times(process: NoiseProcess, timesteps: Sequence[int], method: Method) -> NoiseProcess:
+    """The process that trains at these times alone.
+
+    Raises:
+        ValueError: a time that the model has not, or none in the method's own range; before hours of caching.
+    """
+    restricted = at_timesteps(process, timesteps)
+    low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
+    restricted.training_times(1, torch.Generator(), low, high)
+    return restricted
+
+
 def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: Accelerator) -> Batches:
     """Fills the cache on one rank while the others wait, then opens it on all."""
     everything = [*pairs.train, *pairs.validation]
@@ -208,8 +243,9 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
         cache = Cache(Path(config.cache_dir), pipe)
         if accelerator.is_main_process:
             cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
+    told = pipe.frame_condition if config.micro_conditioning == "data" else None
     return Batches(
-        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed
+        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed, told
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,12 +11,20 @@ from diffusers import DiffusionPipeline
 from diffalign.assets import asset
 from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.parts import check_parts
 from diffalign.table import resolve
 
 PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:StableDiffusion3",
+}
+UNSERVED: dict[str, str] = {  # what to do instead, where more is to be said than that a family is not there
+    "StableDiffusionXLImg2ImgPipeline": (
+        "the SDXL refiner, with its one text encoder and aesthetic score, is not served; train the base on the "
+        "refiner's times with method.time_high: 0.2 (a base that was saved under this class: load it as "
+        "StableDiffusionXLPipeline and save it again)"
+    ),
 }
 SHIPPED = ("tiny-sd",)  # folders of diffalign.assets that are models
 
@@ -46,33 +55,45 @@ def load_pipeline(
             Or an attention backend that does not run here.
     """
     folder = locate(name_or_path)
-    name = _class_name(folder, revision)
+    index = _index(folder, revision)
+    name = str(index.get("_class_name"))
     if name not in PIPELINES:
         raise ValueError(
             f"{name_or_path}: expected a pipeline of {', '.join(PIPELINES)}, got {name}; "
-            f"a new family is one file in pipelines/ and one row in its table"
+            f"{UNSERVED.get(name, 'a new family is one file in pipelines/ and one row in its table')}"
         )
     family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
+    check_parts(folder, index, family.parts)
     pipe = family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
     set_attention(pipe.network, attention)
     return pipe
 
 
-def _class_name(folder: str, revision: str | None) -> str:
+def _index(folder: str, revision: str | None) -> dict[str, Any]:
+    """What model_index.json says."""
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{folder}: expected a diffusers model folder, got a single file; convert it with diffusers' "
+                         f"from_single_file(...).save_pretrained(...), and give that folder")  # fmt: skip
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"{folder}: expected a diffusers model folder with a model_index.json, found none; "
             f"save one with pipe.save_pretrained(...), or convert a single file with diffusers' from_single_file"
         )
     try:
-        config = DiffusionPipeline.load_config(folder, revision=revision)
+        index = DiffusionPipeline.load_config(folder, revision=revision)
     except (OSError, ValueError) as error:
+        if path.exists():
+            raise ValueError(f"{folder}: model_index.json cannot be read ({_first_line(error)}); download or save the "
+                             f"model again") from error  # fmt: skip
         raise ValueError(
             f"{folder}: neither a folder that exists nor a model that can be had from the hub ({_first_line(error)}); "
             f"check the spelling, the network (HF_HUB_OFFLINE), and access to gated models"
         ) from error
-    return str(config.get("_class_name"))
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder}: expected model_index.json to hold one mapping, got {type(index).__name__}; "
+                         f"download or save the model again")  # fmt: skip
+    return index
 
 
 def _first_line(error: Exception) -> str:

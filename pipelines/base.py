@@ -8,6 +8,7 @@ sampling are functions elsewhere that take a `LatentPipeline`.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from diffalign.data.images import Frame
 from diffalign.pipelines.common import fingerprint, text_parts, vae_decode, vae_moments
 from diffalign.process import NoiseProcess
 from diffalign.sampling import Condition
@@ -30,6 +32,7 @@ class LatentPipeline(ABC):
     family: ClassVar[str]  # "sd", "sdxl", ...
     lora_prefix: ClassVar[str]  # the network's name in the stock pipeline and in a LoRA file: "unet" or "transformer"
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
+    parts: ClassVar[tuple[str, ...]] = ()  # of the stock pipeline, without which it does not work
 
     process: NoiseProcess
     parametrization: str  # a key of diffalign.process.PARAMETRIZATIONS
@@ -62,6 +65,10 @@ class LatentPipeline(ABC):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """What the network says, fp32 [B, ...], at process times t [B]: the policy."""
 
+    def frame_condition(self, frames: Sequence[Frame]) -> Condition:
+        """What the network is told of where its training pictures come from, beside the prompt; of most nothing."""
+        return {}
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, log-variance) of the latents, each fp32 [B, C, h, w], of pixels [B, 3, H, W] in [0, 1]."""
         return vae_moments(self.stock.vae, pixels)
@@ -84,10 +91,10 @@ class LatentPipeline(ABC):
         own = config.sample_size * factor
         height, width = height or own, width or own
         step = factor * config.get("patch_size", 1)
-        largest = config.get("pos_embed_max_size", 0) * step or max(height, width)
-        if height % step or width % step or min(height, width) <= 0 or max(height, width) > largest:
-            limit = f", at most {largest}" if "pos_embed_max_size" in config else ""
-            raise ValueError(f"expected a height and width that are multiples of {step}{limit}, got {height} x {width}")
+        largest = config.get("pos_embed_max_size", 0) * step or None  # of SD3's table of positions
+        fits = height % step == width % step == 0 < min(height, width) and max(height, width) <= (largest or math.inf)
+        if not fits:
+            raise ValueError(wrong_size(height, width, step, largest))
         return (config.in_channels, height // factor, width // factor)
 
     def fingerprint(self, part: str) -> str:
@@ -116,3 +123,11 @@ class LatentPipeline(ABC):
         if self._stock is None:
             raise ValueError(f"{self.name}: VAE and text encoder were released to save memory; load the model again")
         return self._stock
+
+
+def wrong_size(height: int, width: int, step: int, largest: int | None) -> str:
+    """What to say of a size that a model cannot take, with the nearest that it can."""
+    limit = "" if largest is None else f", at most {largest}"
+    high, wide = (min(max(step, round(side / step) * step), largest or math.inf) for side in (height, width))
+    return (f"expected a height and width that are multiples of {step}{limit}, got {height} x {width}; "
+            f"the nearest is {high} x {wide}")  # fmt: skip

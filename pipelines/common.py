@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor
 
+from diffalign.pipelines.parts import damaged_files
 from diffalign.process import CLEAN, VariancePreserving
 
 log = logging.getLogger("diffalign")
+
+# what diffusers and transformers raise on files that are cut off, or weights that are not those of the config
+UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, SafetensorError)
 
 
 def load_stock(kind: Any, folder: str, **options: Any) -> Any:
@@ -26,15 +31,24 @@ def load_stock(kind: Any, folder: str, **options: Any) -> Any:
         ValueError: the folder is not complete or not readable.
     """
     try:
-        return kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: the model folder is not complete or not readable: {error}") from error
+        stock = kind.from_pretrained(folder, **options)
+    except UNREADABLE as error:
+        why = "; ".join(damaged_files(folder)) or " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: the model folder is not complete or not readable: {why}; download or save it "
+                         f"again") from error  # fmt: skip
+    for part, module in stock.components.items():  # what a file lacks stays without a value
+        empty = [n for n, p in module.named_parameters() if p.is_meta] if isinstance(module, torch.nn.Module) else []
+        if empty:
+            raise ValueError(f"{folder}: the model folder is not complete: the file of {part} lacks {len(empty)} "
+                             f"weights, such as {empty[0]}; download or save it again")  # fmt: skip
+    return stock
 
 
 def vae_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, log-variance) of the scaled latents: z = (code - shift) * scale."""
     x = pixels.to(vae.device, vae.dtype) * 2 - 1
-    posterior = vae.encode(x).latent_dist
+    with _own_dtype(vae):
+        posterior = vae.encode(x).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     mean = (posterior.mean.float() - shift) * scale
     logvar = posterior.logvar.float() + 2 * torch.tensor(float(scale)).log().item()
@@ -45,7 +59,13 @@ def vae_decode(vae: Any, latents: Tensor) -> Tensor:
     """Pixels around [0, 1], fp32, differentiable."""
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     code = latents.float() / scale + shift
-    return vae.decode(code.to(vae.dtype)).sample.float() / 2 + 0.5
+    with _own_dtype(vae):
+        return vae.decode(code.to(vae.dtype)).sample.float() / 2 + 0.5
+
+
+def _own_dtype(vae: Any) -> torch.autocast:
+    """Training may autocast to fp16 around it, in which a VAE that is held in fp32 for its range would overflow."""
+    return torch.autocast(vae.device.type, enabled=False)
 
 
 def variance_preserving(config: dict[str, Any]) -> tuple[VariancePreserving, DDIMScheduler]:

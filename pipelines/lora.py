@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.fused_lora import fuse_lora_layers
+from diffalign.pipelines.lora_files import read_header, refuse_foreign
 from diffalign.sampling import Condition, Policy
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -73,9 +74,9 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
     """Loads a LoRA file or folder for the network (text-encoder parts are refused), frozen unless `trainable`.
 
     Raises:
-        ValueError: not there, not a LoRA file, or made for another network.
+        ValueError: what `check_lora` refuses.
     """
-    file = weights_file(Path(path))
+    file = check_lora(pipe, path)
     try:
         pipe.network.load_lora_adapter(str(file.parent), prefix=pipe.lora_prefix, adapter_name=adapter,
                                        weight_name=file.name, local_files_only=True)  # fmt: skip
@@ -86,6 +87,17 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
     fuse_lora_layers(pipe.network)
     for name, parameter in pipe.network.named_parameters():
         parameter.requires_grad_(trainable and f".{adapter}." in name)
+
+
+def check_lora(pipe: LatentPipeline, path: str | Path) -> Path:
+    """The LoRA file at a path, if it is one for this network and nothing else; reads its header alone.
+
+    Raises:
+        ValueError: not there, not a LoRA, made for another network or in another layout, or with text-encoder weights.
+    """
+    file = weights_file(Path(path))
+    refuse_foreign(read_header(file), pipe.network, pipe.lora_prefix, pipe.name, pipe.family)
+    return file
 
 
 def save_lora(

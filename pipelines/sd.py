@@ -20,6 +20,7 @@ class StableDiffusion(LatentPipeline):
     family: ClassVar[str] = "sd"
     lora_prefix: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def __init__(self, stock: StableDiffusionPipeline, name: str) -> None:
         super().__init__(stock, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import load_stock, stock_warnings_off, warn_of_long_prompts
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
+
+log = logging.getLogger("diffalign")
 
 
 class StableDiffusion3(LatentPipeline):
@@ -28,6 +31,8 @@ class StableDiffusion3(LatentPipeline):
     # both streams of every block: the picture's projections and the text's
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0",
                                                "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # fmt: skip
+    parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2",
+                                        "tokenizer", "tokenizer_2", "scheduler")  # fmt: skip
 
     def __init__(self, stock: StableDiffusion3Pipeline, name: str) -> None:
         super().__init__(stock, name)
@@ -45,6 +50,11 @@ class StableDiffusion3(LatentPipeline):
         index = StableDiffusion3Pipeline.load_config(folder, revision=revision)
         # of a folder that was saved without T5 stock diffusers wants to hear so
         absent = dict.fromkeys(part for part in ("text_encoder_3", "tokenizer_3") if not index.get(part, [None])[0])
+        if "text_encoder_3" not in absent and "tokenizer_3" in absent:
+            raise ValueError(f"{folder}: expected T5 (text_encoder_3) with its tokenizer_3, and model_index.json names "
+                             f"no tokenizer_3; download it too, or set text_encoder_3 to [null, null]")  # fmt: skip
+        if "text_encoder_3" in absent:
+            log.info("%s: T5 is not in the folder, so its tokens are zeros, as in stock diffusers", folder)
         stock = load_stock(StableDiffusion3Pipeline, folder, dtype=dtype, revision=revision, variant=variant, **absent)
         return cls(stock.to(device), folder)
 

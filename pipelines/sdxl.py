@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from diffalign.data.images import Frame
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import (
     ddim_times,
@@ -19,6 +21,8 @@ from diffalign.pipelines.common import (
 )
 from diffalign.process import per_sample
 from diffalign.sampling import Condition
+
+log = logging.getLogger("diffalign")
 
 
 class StableDiffusionXL(LatentPipeline):
@@ -32,6 +36,15 @@ class StableDiffusionXL(LatentPipeline):
     family: ClassVar[str] = "sdxl"
     lora_prefix: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    parts: ClassVar[tuple[str, ...]] = (
+        "unet",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    )
 
     def __init__(self, stock: StableDiffusionXLPipeline, name: str) -> None:
         super().__init__(stock, name)
@@ -44,8 +57,7 @@ class StableDiffusionXL(LatentPipeline):
     ) -> StableDiffusionXL:
         stock = load_stock(StableDiffusionXLPipeline, folder, dtype=dtype, revision=revision, variant=variant,
                            add_watermarker=False)  # fmt: skip
-        if dtype == torch.float16 and stock.vae.config.force_upcast:
-            stock.vae.to(torch.float32)  # its activations overflow in fp16; the repaired VAE says force_upcast: false
+        _keep_in_range(stock.vae, folder)
         return cls(stock.to(device), folder)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -59,6 +71,11 @@ class StableDiffusionXL(LatentPipeline):
             return condition
         said = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
         return {name: value * per_sample(said, value) for name, value in condition.items()}
+
+    def frame_condition(self, frames: Sequence[Frame]) -> Condition:
+        """`time_ids` [B, 6], fp32: original size, corner of the crop, size of the crop, as SDXL was trained."""
+        ids = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
+        return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
 
     def times(self, steps: int) -> Tensor:
         return ddim_times(self._scheduler, steps)
@@ -77,3 +94,17 @@ class StableDiffusionXL(LatentPipeline):
         height, width = (side * self._factor for side in x_t.shape[-2:])
         ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
         return ids.expand(len(x_t), 6)
+
+
+def _keep_in_range(vae: Any, folder: str) -> None:
+    """The activations of SDXL's own VAE are too large for fp16, so it goes to fp32; bf16 has the range of fp32.
+
+    A VAE that was repaired for fp16 (such as sdxl-vae-fp16-fix) says force_upcast: false, and stays.
+    """
+    if vae.dtype != torch.float16:
+        return
+    if vae.config.force_upcast:
+        vae.to(torch.float32)
+        log.info("%s: the VAE works in fp32, because its config says force_upcast: true (it overflows in fp16)", folder)
+    else:
+        log.info("%s: the VAE works in fp16, because its config says force_upcast: false (repaired for fp16)", folder)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from toy import ALPHAS, PROCESSES, ROWS, variance_preserving
 
-from diffalign.process import CLEAN, PARAMETRIZATIONS, RectifiedFlow, endpoints, target, time_weight
+from diffalign.process import CLEAN, PARAMETRIZATIONS, RectifiedFlow, at_timesteps, endpoints, target, time_weight
 
 
 def stock(prediction_type: str = "epsilon", **options: object) -> DDIMScheduler:
@@ -121,3 +121,53 @@ def test_flow_weights_are_the_closed_forms() -> None:
 def test_unknown_weight_is_named() -> None:
     with pytest.raises(ValueError, match="snr_clip.*'snr'"):
         time_weight("snr", "epsilon", *PROCESSES["vp"].coefficients(torch.tensor([5.0])))
+
+
+TURBO = [249, 499, 749, 999]
+
+
+def test_few_times_are_drawn_equally_often_and_no_other() -> None:
+    """10,000 draws of four: 2500 each with a standard deviation of 43."""
+    t = at_timesteps(PROCESSES["vp"], TURBO).training_times(10_000, torch.Generator().manual_seed(0))
+    values, counts = t.unique(return_counts=True)
+    assert t.dtype == torch.float32 and values.tolist() == TURBO
+    assert (counts - 2500).abs().max() < 4 * 43
+
+
+def test_few_times_of_a_flow_are_what_the_network_calls_them() -> None:
+    process = at_timesteps(PROCESSES["flow"], [250, 1000])
+    t = process.training_times(50, torch.Generator().manual_seed(0))
+    assert t.unique().tolist() == [0.25, 1.0] and process.network_time(t).unique().tolist() == [250, 1000]
+
+
+@pytest.mark.parametrize(("low", "high", "inside"), [(0.0, 0.5, TURBO[:2]), (0.5, 1.0, TURBO[2:]), (0.7, 0.8, [749])])
+def test_the_methods_range_cuts_few_times(low: float, high: float, inside: list[int]) -> None:
+    t = at_timesteps(PROCESSES["vp"], TURBO).training_times(200, torch.Generator().manual_seed(0), low, high)
+    assert t.unique().tolist() == inside
+
+
+def test_few_times_that_a_range_leaves_out_and_times_that_do_not_exist_are_refused() -> None:
+    restricted = at_timesteps(PROCESSES["vp"], TURBO)
+    with pytest.raises(ValueError, match="none of the train_timesteps lies in .* 0.0 to 0.2: .*at 0.249, 0.499"):
+        restricted.training_times(1, torch.Generator(), 0.0, 0.2)
+    for name, bad in (("vp", 1000), ("flow", 1001), ("vp", -1)):
+        with pytest.raises(ValueError, match=f"expected times of the model, .* got {bad}"):
+            at_timesteps(PROCESSES[name], [499, bad])
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_few_times_are_the_same_process_in_all_else(name: str) -> None:
+    process = PROCESSES[name]
+    t = process.training_times(64, torch.Generator().manual_seed(0))
+    restricted = at_timesteps(process, [10, 900])
+    for ours, theirs in zip(restricted.coefficients(t), process.coefficients(t), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(restricted.fraction(t), process.fraction(t))
+    x0, eps = normal(64, 3), normal(64, 3, seed=1)
+    assert torch.equal(restricted.add_noise(x0, eps, t), process.add_noise(x0, eps, t))
+    torch.testing.assert_close(restricted.from_network_time(process.network_time(t)), t)
+
+
+def test_the_refiners_range_is_the_first_fifth_of_all_times() -> None:
+    t = PROCESSES["vp"].training_times(20_000, torch.Generator().manual_seed(0), high=0.2)
+    assert (t.min(), t.max()) == (0, 200) and len(t.unique()) == 201

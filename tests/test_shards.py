@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diffalign import shards as shards_module
 from diffalign.shards import Shards
@@ -148,6 +150,8 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> No
 FULL = """
 import resource, signal, sys
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from pathlib import Path
 from diffalign.shards import Shards
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -191,3 +195,38 @@ def test_several_processes_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.damaged"))
     for i in range(150):
         assert torch.equal(shards.get(str(i))["x"], torch.full((50,), float(i)))
+
+
+def test_files_of_another_version_are_left_alone_and_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shards_module, "VERSION", "2")
+    for key in ("a", "b"):
+        Shards(tmp_path).put({key: {"other": torch.zeros(2)}})
+    monkeypatch.undo()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    ours = Shards(tmp_path)
+    assert ours.missing(["a", "b"]) == ["a", "b"]
+    assert caplog.text.count("written by another version of diffalign (its format is 2, this one reads 1)") == 1
+    ours.put({"a": ENTRY})
+    assert equal(Shards(tmp_path).get("a"), ENTRY)
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_a_shard_without_a_version_is_of_the_first(tmp_path: Path) -> None:
+    """What was written before shards had a number."""
+    Shards(tmp_path).put({"a": ENTRY})
+    [file] = tmp_path.iterdir()
+    data = file.read_bytes()
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    assert metadata.pop("version") == "1"
+    save_file(state, file, metadata)
+    assert file.read_bytes() != data and equal(Shards(tmp_path).get("a"), ENTRY)
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ValueError, match=r"taken.x cannot be made \(Not a directory\): expected a cache_dir that is a"):
+        Shards(tmp_path / "taken" / "x")

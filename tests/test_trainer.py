@@ -110,6 +110,26 @@ def test_every_family_trains_from_the_same_config_and_stock_diffusers_loads_the_
     assert any(value.abs().sum() > 0 for value in loaded)
 
 
+@pytest.mark.parametrize("method", [{"name": "dpo", "beta": 100}, {"name": "sft"}])
+@pytest.mark.parametrize(("name", "times"), [("sdxl", [249, 499, 749, 999]), ("sd3", [250, 1000])])
+def test_any_method_and_family_trains_at_the_times_of_the_config_alone(
+    method: dict[str, Any], name: str, times: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: set[float] = set()
+    folder = FAMILIES[name]()
+    kind = type(load_pipeline(folder))
+    predict = kind.predict
+
+    def spy(self: Any, x_t: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        told.update(self.process.network_time(t).tolist())
+        return predict(self, x_t, t, condition)
+
+    monkeypatch.setattr(kind, "predict", spy)
+    train(config(tmp_path, pretrained_model_name_or_path=str(folder), method=method, train_timesteps=times,
+                 train_batch_size=8))  # fmt: skip
+    assert told == set(times)  # of 40 draws and more, so by chance one is missing once in 25,000 seeds
+
+
 def test_a_resolution_that_the_network_cannot_take_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
     flow = str(FAMILIES["sd3"]())
     for resolution in (36, 104):
@@ -275,6 +295,14 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         ({"train": "full", "reference": "frozen_copy", "init_lora": "x"}, "init_lora continues a LoRA"),
         ({"method": "dop"}, "did you mean 'dpo'"),
         ({"reference": "adapter_of"}, "did you mean 'adapter_off'"),
+        ({"train_timesteps": [249, 1000]}, "expected times of the model, .* got 1000"),
+        (
+            {"train_timesteps": [249], "method": {"name": "dpo", "time_high": 0.2}},
+            "none of the train_timesteps lies in",
+        ),
+        ({"train_timesteps": []}, "train_timesteps: expected a list"),
+        ({"train_timesteps": [249.5]}, "train_timesteps: expected a list"),
+        ({"micro_conditioning": "true"}, "micro_conditioning: expected one of data, fixed"),
         ({"learnin_rate": 1}, "did you mean 'learning_rate'"),
         ({"data": {"name": "pickapic", "path": "/nowhere/at/all"}}, "/nowhere/at/all"),
         ({"pretrained_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,39 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class Frame(NamedTuple):
+    """Where a training picture comes from: (height, width) or (top, left), in whole pixels.
+
+    `corner` is that of the crop in the resized picture as the network sees it: of a flipped picture the crop's right
+    edge, mirrored, so the same as flipping before the crop. `original` is the size before the resize.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+    target: tuple[int, int]
+
+
+def frame(original: tuple[int, int], size: tuple[int, int], crop: tuple[float, float], flip: bool) -> Frame:
+    """What `resize_and_crop` does to a picture of this (height, width), in numbers.
+
+    >>> frame((600, 800), (300, 300), (0.5, 0.25), flip=False)
+    Frame(original=(600, 800), corner=(0, 25), target=(300, 300))
+    >>> frame((600, 800), (300, 300), (0.5, 0.25), flip=True).corner
+    (0, 75)
+    """
+    covered, (top, left) = placed(original, size, crop)
+    return Frame(original, (top, covered[1] - size[1] - left if flip else left), size)
+
+
+def placed(
+    original: tuple[int, int], size: tuple[int, int], crop: tuple[float, float]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of a picture that is resized to cover `size` without distortion, and (top, left) of the crop."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    height, width = max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
+    return (height, width), (round((height - size[0]) * crop[0]), round((width - size[1]) * crop[1]))
+
+
 def resize_and_crop(
     image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> Tensor:
@@ -79,10 +113,8 @@ def resize_and_crop(
     of numbers means the same for two pictures of different sizes.
     """
     height, width = size
-    scale = max(height / image.height, width / image.width)
-    covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(covered, Image.Resampling.LANCZOS) if image.size != covered else image
-    top, left = round((covered[1] - height) * crop[0]), round((covered[0] - width) * crop[1])
+    covered, (top, left) = placed((image.height, image.width), size, crop)
+    image = image.resize(covered[::-1], Image.Resampling.LANCZOS) if image.size != covered[::-1] else image
     image = image.crop((left, top, left + width, top + height))
     if flip:
         image = ImageOps.mirror(image)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data import DATASETS
-from diffalign.data.images import bucket, decode, resize_and_crop
+from diffalign.data.images import Frame, bucket, frame, resize_and_crop
 from diffalign.data.options import TIES, Framing, PairOptions, parse_section
 from diffalign.data.records import BrokenRow, ImageSource, PreferenceRecord, Row
 from diffalign.table import build
@@ -64,6 +64,11 @@ class Pair:
         winner, loser = (f"{source.sha256} {view}" for source in self.sources)
         return winner, loser
 
+    @property
+    def frame(self) -> Frame:
+        """Of the winner. A pair has one condition, and it is the winner that a policy is to say under it."""
+        return frame(self.sources[0].size, self.view.size, self.view.crop, self.view.flip)
+
     def pixels(self) -> tuple[Tensor, Tensor]:
         """uint8 [3, H, W] of winner and loser.
 
@@ -72,7 +77,7 @@ class Pair:
         """
         view = self.view
         winner, loser = (
-            resize_and_crop(decode(source.read(), self.record.source), view.size, view.crop, view.flip)
+            resize_and_crop(source.decode(self.record.source), view.size, view.crop, view.flip)
             for source in self.sources
         )
         return winner, loser
@@ -138,6 +143,7 @@ def load_pairs(
                              f"disk: parquet, or tar shards that are not compressed")  # fmt: skip
     pairs = pairs[: options.max_pairs]
     _name_broken(broken)
+    _count_enlarged(pairs)
     if not pairs:
         reasons = Counter(row.reason for row in broken).most_common(1)
         why = f": {reasons[0][0]}" if reasons else ""
@@ -180,7 +186,7 @@ def make_pairs(record: PreferenceRecord, options: PairOptions, framing: Framing)
         if tie and options.tie == "random" and random.Random(f"tie/{options.split_seed}/{content}").random() < 0.5:
             winner, loser = loser, winner
         label = 0.5 if tie and options.tie == "half" else 1.0
-        size = _size(record, record.images[winner], options.bucket_step, framing.resolution)
+        size = _size(record.images[winner], options.bucket_step, framing.resolution)
         rng = random.Random(f"view/{framing.seed}/{content}")
         crop, flip = (rng.random(), rng.random()), rng.random() < 0.5
         view = View(size, crop if framing.random_crop else (0.5, 0.5), framing.random_flip and flip)
@@ -188,12 +194,12 @@ def make_pairs(record: PreferenceRecord, options: PairOptions, framing: Framing)
     return pairs
 
 
-def _size(record: PreferenceRecord, winner: ImageSource, step: int, resolution: int) -> tuple[int, int]:
+def _size(winner: ImageSource, step: int, resolution: int) -> tuple[int, int]:
     """(height, width): with buckets that of the winner, for both members."""
     if not step:
         return resolution, resolution
-    picture = decode(winner.read(), record.source)
-    return bucket(picture.width, picture.height, resolution, step)
+    height, width = winner.size
+    return bucket(width, height, resolution, step)
 
 
 def checked(rows: Iterable[Row]) -> Iterator[Row]:
@@ -209,7 +215,7 @@ def _checked(row: Row) -> Row:
         return row
     try:
         for number, image in enumerate(row.images):
-            decode(image.read(), f"image {number}")
+            image.decode(f"image {number}")
             _ = image.sha256  # computed, and kept, while the bytes are near
     except ValueError as error:
         return BrokenRow(row.source, str(error))
@@ -234,6 +240,21 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order of one epoch: a permutation that follows from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
+
+
+def _count_enlarged(pairs: Sequence[Pair]) -> None:
+    """One line of the log where pictures are blown up to the size of the crop, which makes none of them sharper."""
+    small = [
+        (pair, source.size)
+        for pair in pairs
+        for source in pair.sources
+        if source.size[0] < pair.view.size[0] or source.size[1] < pair.view.size[1]
+    ]
+    if small:
+        pair, size = small[0]
+        log.warning("%d of %d pictures are smaller than the crop and are enlarged, such as one of %s (%d x %d for "
+                    "%d x %d): a lower resolution avoids that",
+                    len(small), 2 * len(pairs), pair.record.source, *size, *pair.view.size)  # fmt: skip
 
 
 def _name_broken(broken: Sequence[BrokenRow]) -> None:

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
+
+from diffalign.data.images import decode
+
 
 class Stored(Protocol):
     """Where the bytes of an image lie inside a larger file, such as a tar archive or a table."""
@@ -64,6 +68,22 @@ class ImageSource:
             return self.content.read_bytes()
         except OSError as error:
             raise ValueError(f"image {self.content} cannot be read ({error.strerror})") from error
+
+    def decode(self, name: str) -> Image.Image:
+        """The picture, as `diffalign.data.images.decode` reads it; its `size` is kept.
+
+        Raises:
+            ValueError: missing, or not a picture that can be used; the message begins with `name`.
+        """
+        picture = decode(self.read(), name)
+        vars(self)["size"] = (picture.height, picture.width)  # where cached_property looks first
+        return picture
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, upright; known without another look once the picture has been decoded."""
+        picture = self.decode("the image")
+        return picture.height, picture.width
 
     @functools.cached_property
     def sha256(self) -> str:
