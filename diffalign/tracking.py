@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ log = logging.getLogger("diffalign")
 
 BINS = 10  # of the noise axis, for the metrics that change along it
 BINNED = ("h", "d_w")
+Totals = dict[str, tuple[float, int]]  # name -> sum and number of values
 
 
 class Averages:
@@ -45,9 +46,17 @@ class Averages:
         for name, value in values.items():
             self._add(name, torch.tensor([value]))
 
-    def pop(self) -> dict[str, float]:
-        """The means, and a fresh start. h_std is derived from the mean and the mean square."""
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+    def pop(self, gather: Callable[[list[Totals]], list[Totals]] = list) -> dict[str, float]:
+        """The means, and a fresh start. h_std is derived from the mean and the mean square.
+
+        `gather` puts the lists of all ranks one after the other; the means are then of all samples of all ranks.
+        """
+        totals: Totals = {}
+        for part in gather([{name: (self._sums[name], self._counts[name]) for name in self._sums}]):
+            for name, (value, count) in part.items():
+                so_far = totals.get(name, (0.0, 0))
+                totals[name] = (so_far[0] + value, so_far[1] + count)
+        means = {name: value / count for name, (value, count) in totals.items()}
         if "h_square" in means:
             means["h_std"] = max(0.0, means.pop("h_square") - means["h"] ** 2) ** 0.5
         self._sums.clear()

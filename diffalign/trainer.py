@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
+from diffalign.distributed import in_shards, in_turns, placed_like, placed_optimizer, spread, whole
 from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
@@ -65,12 +67,12 @@ class Trainer:
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
         self.reference = prepared.make_reference(self.pipe)
-        self.parameters = prepared.parameters
-        self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
-        wrapped.network = self.accelerator.prepare_model(self.pipe.network)
+        wrapped.network = spread(self.accelerator, self.pipe.network, self.reference)
         self.wrapper, self.policy = wrapped.network, wrapped.predict
+        self.parameters = [p for _, p in self._named()]
+        self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
         self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
         self.step, self.nonfinite, self.nonfinite_total = 0, 0, 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
@@ -104,9 +106,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         finite = True
+        sharded = in_shards(self.accelerator)  # its gradients are never kept whole, so they are exchanged every time
         for micro in range(config.gradient_accumulation_steps):
             last = micro + 1 == config.gradient_accumulation_steps
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapper):
+            with nullcontext() if last or sharded else self.accelerator.no_sync(self.wrapper):
                 finite &= self._backward(micro)
         self.step += 1
         if not self._all_ranks(finite):
@@ -130,7 +133,8 @@ class Trainer:
         The backward pass runs either way: another rank would wait for this one's gradients for ever.
         """
         accelerator, config = self.accelerator, self.config
-        seed = _mix(config.seed, self.step, micro, accelerator.process_index)
+        # counted over ranks, so that n ranks draw what one process draws in n times as many microbatches
+        seed = _mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
         run = self._run(self.policy, seed)
         finite = True
@@ -179,7 +183,7 @@ class Trainer:
     def _after_step(self, last: bool) -> None:
         config = self.config
         if last or self.step % config.logging_steps == 0:
-            self._log(self.averages.pop() | peak_memory(self.accelerator.device))
+            self._log(self.averages.pop(gather_object) | peak_memory(self.accelerator.device))
         if last or (config.validation_steps and self.step % config.validation_steps == 0):
             self._validate()
         if last or self.step % config.checkpointing_steps == 0:
@@ -216,19 +220,17 @@ class Trainer:
 
     def _validate(self) -> None:
         """Held-out pairs with fixed noise, and pictures of fixed prompts and seeds."""
-        if not self._main:
-            return
+        batches = self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
         with self._averaged(), self.accelerator.autocast(), torch.no_grad():
             averages = Averages()
-            for index, batch in enumerate(
-                self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
-            ):
-                # the module, not its DDP wrapper: the other ranks are not here
+            for index, batch, counts in in_turns(batches, self.accelerator):
+                # the module, not its DDP wrapper: without gradient there is nothing to exchange
                 run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
                 for noised in self.method.prepare(run, batch):
                     loss = self.method.loss(run, noised)
-                    averages.add({"loss": loss.value, **loss.metrics}, loss.time)
-            values = {f"validation/{name}": value for name, value in averages.pop().items()}
+                    if counts:
+                        averages.add({"loss": loss.value, **loss.metrics}, loss.time)
+            values = {f"validation/{name}": value for name, value in averages.pop(gather_object).items()}
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
 
     def _log(self, values: dict[str, float]) -> None:
@@ -240,12 +242,13 @@ class Trainer:
         self.metrics_file.write(self.step, values)
 
     def _save_checkpoint(self) -> None:
+        trainable, ema, optimizer = whole([dict(self._named()), self.ema, self.optimizer.state_dict()], self._main)
         if self._main:
             ckpt.save_checkpoint(
                 self.folder,
                 self.step,
-                tensors={"trainable": dict(self._named()), **({"ema": self.ema} if self.ema else {})},
-                optimizer=self.optimizer.state_dict(),
+                tensors={"trainable": trainable, **({"ema": ema} if ema else {})},
+                optimizer=optimizer,
                 counters={"nonfinite": self.nonfinite, "nonfinite_total": self.nonfinite_total,
                           "alarm": [self.alarm.average, self.alarm.above, self.alarm.warned]},
             )  # fmt: skip
@@ -257,12 +260,11 @@ class Trainer:
         trainable = ckpt.load_tensors(folder, "trainable")
         with torch.no_grad():
             for name, parameter in self._named():
-                parameter.copy_(trainable[name])
+                parameter.copy_(placed_like(trainable[name], parameter))
         if self.ema:
-            self.ema = {
-                name: value.to(self.accelerator.device) for name, value in ckpt.load_tensors(folder, "ema").items()
-            }
-        self.optimizer.load_state_dict(ckpt.load_optimizer(folder))
+            averaged = ckpt.load_tensors(folder, "ema")
+            self.ema = {name: placed_like(averaged[name], parameter) for name, parameter in self._named()}
+        self.optimizer.load_state_dict(placed_optimizer(ckpt.load_optimizer(folder), self.parameters))
         counters = manifest["counters"]
         self.step, self.nonfinite = manifest["step"], counters["nonfinite"]
         self.nonfinite_total = counters["nonfinite_total"]
@@ -271,9 +273,9 @@ class Trainer:
 
     def _save_result(self) -> None:
         """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
-        if self._main:
-            with self._averaged():
-                save_result(self.pipe, self.config, self.folder, facts_of(self.config, self.data, self.step))
+        with self._averaged():
+            facts = facts_of(self.config, self.data, self.step)
+            save_result(self.pipe, self.config, self.folder, facts, main=self._main)
         self.accelerator.wait_for_everyone()
 
     # -- small things --------------------------------------------------------------------------------------------

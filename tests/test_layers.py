@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("diffalign", "pipelines", "rewards")
-HOMES = {  # who may import what; the trainer's start-up is the trainer's first half
-    "accelerate": ("diffalign/trainer.py", "diffalign/startup.py"),
+HOMES = {  # who may import what; the trainer is three files: start-up, loop, and what several processes need
+    "accelerate": ("diffalign/trainer.py", "diffalign/startup.py", "diffalign/distributed.py"),
     "diffusers": ("pipelines/",),
     "peft": ("pipelines/",),
     "transformers": ("pipelines/", "rewards/"),
@@ -18,7 +18,7 @@ HOMES = {  # who may import what; the trainer's start-up is the trainer's first 
 LEAVES = ("cli", "commands", "arguments", "doctor", "demo", "shapes/train", "shapes/tiny", "shapes/pairs")
 RANKS = {  # an arrow goes from a higher rank to a lower one, or stays inside a rank
     "process": 0, "table": 0, "transition": 1, "losses": 1, "sampling": 2, "data": 2,
-    "methods": 3, "trainer": 4, "startup": 4,
+    "methods": 3, "trainer": 4, "startup": 4, "distributed": 4,
 }  # fmt: skip
 
 

@@ -1,0 +1,160 @@
+"""Several processes: which launches are refused, who takes which share, and networks in shards (FSDP2).
+
+A part of the trainer, so it may know accelerate. Under DDP every rank holds the whole network. With `train: full` and
+an FSDP2 launch each rank holds a share of every tensor, as a DTensor, and gathers one block at a time to compute with
+it. What a run leaves (checkpoints, results) is made of whole tensors, so no file tells how many ranks wrote it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, recursively_apply
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffalign.config import RunConfig
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.sampling import Policy
+
+Item = TypeVar("Item")
+
+
+def refuse_launch(config: RunConfig, accelerator: Accelerator) -> None:
+    """Launches that would do something else than they say, before anything is loaded.
+
+    Raises:
+        ValueError: processes that do not see each other, DeepSpeed, FSDP1, FSDP of a LoRA, or FSDP that loads empty
+            networks on all ranks but one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:
+        raise ValueError(f"{started} processes were started, but they do not see each other and each would train "
+                         f"alone: without a GPU, set cpu=true")  # fmt: skip
+    if _on("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed is not supported")
+    if not in_shards(accelerator):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("only FSDP2 is supported: set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does")
+    if config.train == "lora":
+        raise ValueError("FSDP2 is for train: full; a LoRA is small enough for every process: launch it with "
+                         "configs/accelerate/ddp.yaml")  # fmt: skip
+    if _on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError("fsdp_cpu_ram_efficient_loading: true leaves the text encoders of all processes but one "
+                         "empty: set it to false, as configs/accelerate/fsdp2.yaml does")  # fmt: skip
+
+
+def refuse_few_pairs(config: RunConfig, pairs: int, ranks: int) -> None:
+    """Too few training pairs for all ranks at once, which would train on one pair twice in a step.
+
+    Raises:
+        ValueError: says how many are needed and how many there are.
+    """
+    needed = ranks * config.train_batch_size
+    if ranks > 1 and pairs < needed:
+        raise ValueError(f"{ranks} processes with train_batch_size {config.train_batch_size} take {needed} different "
+                         f"pairs at a time, but there are {pairs} to train on: start fewer processes")  # fmt: skip
+
+
+def in_shards(accelerator: Accelerator) -> bool:
+    """Whether the launch asks for FSDP; accelerate itself does not say so on CPUs."""
+    return accelerator.num_processes > 1 and _on("ACCELERATE_USE_FSDP")
+
+
+def spread(accelerator: Accelerator, network: torch.nn.Module, reference: Policy | None) -> torch.nn.Module:
+    """The network as the policy calls it: wrapped by DDP, or itself, in shards from now on, if FSDP2 is asked for.
+
+    Then a reference with a network of its own, which `frozen_copy` is, is put in shards as well. Call this before the
+    optimizer is made: the parameters of a network in shards are new ones.
+    """
+    if not in_shards(accelerator):
+        return accelerator.prepare_model(network)
+    shard(accelerator, network)
+    owner = getattr(reference, "__self__", None)  # of the `predict` of a second pipeline
+    if isinstance(owner, LatentPipeline):
+        shard(accelerator, owner.network)
+    return network
+
+
+def shard(accelerator: Accelerator, network: Any) -> None:
+    """Deals out the weights over all ranks, in place: gathered block by block, freed again after each.
+
+    The root is freed too, which is not FSDP2's default: whole weights that stay would be stale once averaged weights
+    are put in their place.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    blocks = [m for m in network.modules() if type(m).__name__ in network._no_split_modules and m is not network]
+    for module in [*reversed(blocks), network]:  # inner ones first
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(values: Any, keep: bool) -> Any:
+    """Nested dicts and lists with whole tensors on the CPU for those in shards; every rank must call this.
+
+    Ranks that do not `keep` the result get empty ones, and need no memory for it.
+    """
+
+    def gather(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        full: Tensor = tensor.full_tensor().detach()
+        return full.cpu() if keep else full.new_empty(0)
+
+    return recursively_apply(gather, values)
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, on the device of a parameter, and in shards if that is."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def placed_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """The state of an optimizer of these parameters (in its order) with every moment placed like its parameter."""
+    placed = {
+        index: {
+            name: placed_like(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for name, value in moments.items()
+        }
+        for index, moments in state["state"].items()
+    }
+    return {**state, "state": placed}
+
+
+def in_turns(items: Iterable[Item], accelerator: Accelerator) -> Iterator[tuple[int, Item, bool]]:
+    """(number, item, whether it counts here) of every item that is this rank's turn.
+
+    All ranks get equally many, since a network in shards needs all of them at once: where the last turn is not full,
+    the ranks that are left over repeat its last item, and it does not count.
+    """
+    rank, numbered = accelerator.process_index, enumerate(items)
+    while turn := list(itertools.islice(numbered, accelerator.num_processes)):
+        number, item = turn[min(rank, len(turn) - 1)]
+        yield number, item, rank < len(turn)
+
+
+def own_rows(count: int, accelerator: Accelerator) -> list[int]:
+    """Which of `count` rows this rank takes: every n-th, and the last one again for a rank that has none."""
+    return list(range(count))[accelerator.process_index :: accelerator.num_processes] or [count - 1]
+
+
+def gathered_rows(rows: Sequence[int], values: Tensor, count: int) -> Tensor:
+    """[count, ...] on the CPU on every rank, of the rows [len(rows), ...] that each of them has."""
+    result = values.new_empty((count, *values.shape[1:]), device="cpu")
+    for indices, part in gather_object([(list(rows), values.cpu())]):
+        result[indices] = part
+    return result
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1")
