@@ -3,13 +3,15 @@
 A part of the trainer, so it may know accelerate. Under DDP every rank holds the whole network. With `train: full` and
 an FSDP2 launch each rank holds a share of every tensor, as a DTensor, and gathers one block at a time to compute with
 it. What a run leaves (checkpoints, results) is made of whole tensors, so no file tells how many ranks wrote it.
+DeepSpeed is in `zero.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diffalign.config import RunConfig
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
+from diffalign.zero import ZeroOptimizer, zero2
 
 Item = TypeVar("Item")
 
@@ -31,22 +34,26 @@ def refuse_launch(config: RunConfig, accelerator: Accelerator) -> None:
     """Launches that would do something else than they say, before anything is loaded.
 
     Raises:
-        ValueError: processes that do not see each other, DeepSpeed, FSDP1, FSDP of a LoRA, or FSDP that loads empty
-            networks on all ranks but one.
+        ValueError: processes that do not see each other, DeepSpeed at another stage or in fp16, FSDP1, shards of a
+            LoRA, or FSDP that loads empty networks on all ranks but one.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > accelerator.num_processes:
         raise ValueError(f"{started} processes were started, but they do not see each other and each would train "
                          f"alone: without a GPU, set cpu=true")  # fmt: skip
-    if _on("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported")
+    if config.train == "lora" and (in_shards(accelerator) or with_deepspeed(accelerator)):
+        raise ValueError("FSDP2 and DeepSpeed are for train: full; a LoRA is small enough for every process: launch "
+                         "it with configs/accelerate/ddp.yaml")  # fmt: skip
+    if with_deepspeed(accelerator):
+        if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
+            raise ValueError("DeepSpeed is supported at zero_stage: 2 only; configs/accelerate/fsdp2.yaml deals out "
+                             "the weights as well")  # fmt: skip
+        if config.mixed_precision == "fp16":
+            raise ValueError("DeepSpeed is supported with mixed_precision: no or bf16, got fp16")
     if not in_shards(accelerator):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("only FSDP2 is supported: set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does")
-    if config.train == "lora":
-        raise ValueError("FSDP2 is for train: full; a LoRA is small enough for every process: launch it with "
-                         "configs/accelerate/ddp.yaml")  # fmt: skip
     if _on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError("fsdp_cpu_ram_efficient_loading: true leaves the text encoders of all processes but one "
                          "empty: set it to false, as configs/accelerate/fsdp2.yaml does")  # fmt: skip
@@ -69,19 +76,53 @@ def in_shards(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and _on("ACCELERATE_USE_FSDP")
 
 
-def spread(accelerator: Accelerator, network: torch.nn.Module, reference: Policy | None) -> torch.nn.Module:
-    """The network as the policy calls it: wrapped by DDP, or itself, in shards from now on, if FSDP2 is asked for.
+def with_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether the launch asks for DeepSpeed; accelerate is not told, since it is driven directly."""
+    return accelerator.num_processes > 1 and _on("ACCELERATE_USE_DEEPSPEED")
 
-    Then a reference with a network of its own, which `frozen_copy` is, is put in shards as well. Call this before the
-    optimizer is made: the parameters of a network in shards are new ones.
+
+def spread(
+    accelerator: Accelerator,
+    config: RunConfig,
+    network: torch.nn.Module,
+    reference: Policy | None,
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+) -> tuple[torch.nn.Module, Any]:
+    """(the network as the policy calls it, the optimizer of what is trained).
+
+    That network is wrapped by DDP or DeepSpeed, or it is itself, in shards from now on, if FSDP2 is asked for. Then a
+    reference with a network of its own, which `frozen_copy` is, is put in shards as well. The parameters of a network
+    in shards are new ones.
     """
-    if not in_shards(accelerator):
-        return accelerator.prepare_model(network)
-    shard(accelerator, network)
-    owner = getattr(reference, "__self__", None)  # of the `predict` of a second pipeline
-    if isinstance(owner, LatentPipeline):
-        shard(accelerator, owner.network)
-    return network
+    if in_shards(accelerator):
+        shard(accelerator, network)
+        owner = getattr(reference, "__self__", None)  # of the `predict` of a second pipeline
+        if isinstance(owner, LatentPipeline):
+            shard(accelerator, owner.network)
+    made = optimizer([p for p in network.parameters() if p.requires_grad])
+    if with_deepspeed(accelerator):
+        return zero2(network, made, config)
+    wrapper = network if in_shards(accelerator) else accelerator.prepare_model(network)
+    return wrapper, accelerator.prepare_optimizer(made)
+
+
+def exchange(accelerator: Accelerator, wrapper: Any, last: bool) -> AbstractContextManager[None]:
+    """Around the backward passes of one microbatch: DDP exchanges gradients in the last one only, which is cheaper.
+
+    In shards they are exchanged every time, or each rank would have to keep them whole.
+    """
+    if with_deepspeed(accelerator):
+        wrapper.set_gradient_accumulation_boundary(last)
+    if last or in_shards(accelerator) or with_deepspeed(accelerator):
+        return nullcontext()
+    return accelerator.no_sync(wrapper)
+
+
+def clip(accelerator: Accelerator, optimizer: Any, parameters: Sequence[Tensor], largest: float) -> float:
+    """Clips the gradients to a norm, over all ranks; returns the norm before. DeepSpeed clips as it steps."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return float(optimizer.norm())
+    return float(accelerator.clip_grad_norm_(parameters, largest))
 
 
 def shard(accelerator: Accelerator, network: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, patch_environment
 
 from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
@@ -150,13 +150,13 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     """Devices, ranks, mixed precision and trackers."""
     AcceleratorState._reset_state()  # a process may train several runs, with other precisions; ranks stay as they are
-    accelerator = Accelerator(
-        cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-    )
-    return accelerator
+    with patch_environment(accelerate_use_deepspeed="false"):  # it is driven directly, see zero.py
+        return Accelerator(
+            cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        )
 
 
 def on_main_rank(accelerator: Accelerator, call: Callable[[], Result]) -> Result:

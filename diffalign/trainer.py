@@ -11,8 +11,9 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
-from diffalign.distributed import in_shards, in_turns, placed_like, placed_optimizer, spread, whole
+from diffalign.distributed import clip, exchange, in_turns, placed_like, placed_optimizer, spread, whole
 from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
@@ -69,10 +70,11 @@ class Trainer:
         self.reference = prepared.make_reference(self.pipe)
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
-        wrapped.network = spread(self.accelerator, self.pipe.network, self.reference)
+        wrapped.network, self.optimizer = spread(
+            self.accelerator, self.config, self.pipe.network, self.reference, partial(adamw, config=self.config)
+        )
         self.wrapper, self.policy = wrapped.network, wrapped.predict
         self.parameters = [p for _, p in self._named()]
-        self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
         self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
         self.step, self.nonfinite, self.nonfinite_total = 0, 0, 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
@@ -106,23 +108,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         finite = True
-        sharded = in_shards(self.accelerator)  # its gradients are never kept whole, so they are exchanged every time
         for micro in range(config.gradient_accumulation_steps):
             last = micro + 1 == config.gradient_accumulation_steps
-            with nullcontext() if last or sharded else self.accelerator.no_sync(self.wrapper):
+            with exchange(self.accelerator, self.wrapper, last):
                 finite &= self._backward(micro)
         self.step += 1
         if not self._all_ranks(finite):
             self._skip_step()
             return
         self.nonfinite = 0
-        norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = clip(self.accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_ema()
         pairs = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         self.averages.add_values({
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "learning_rate": rate,
             "pairs_per_second": pairs / (time.perf_counter() - seconds),
         })  # fmt: skip
