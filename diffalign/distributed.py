@@ -111,11 +111,15 @@ def exchange(accelerator: Accelerator, wrapper: Any, last: bool) -> AbstractCont
 
     In shards they are exchanged every time, or each rank would have to keep them whole.
     """
-    if with_deepspeed(accelerator):
-        wrapper.set_gradient_accumulation_boundary(last)
     if last or in_shards(accelerator) or with_deepspeed(accelerator):
         return nullcontext()
     return accelerator.no_sync(wrapper)
+
+
+def announce(accelerator: Accelerator, wrapper: Any, last: bool) -> None:
+    """Before every backward pass: DeepSpeed must know whether it is the last one of the step. Others need not."""
+    if with_deepspeed(accelerator):
+        wrapper.set_gradient_accumulation_boundary(last)
 
 
 def clip(accelerator: Accelerator, optimizer: Any, parameters: Sequence[Tensor], largest: float) -> float:

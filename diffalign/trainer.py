@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
-from diffalign.distributed import clip, exchange, in_turns, placed_like, placed_optimizer, spread, whole
+from diffalign.distributed import announce, clip, exchange, in_turns, placed_like, placed_optimizer, spread, whole
 from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
@@ -142,9 +142,11 @@ class Trainer:
         with accelerator.autocast():
             with torch.no_grad():
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
                 loss = self.method.loss(run, batch)
                 value = loss.value.mean()
+                ends = micro + 1 == config.gradient_accumulation_steps and number == len(batches)
+                announce(accelerator, self.wrapper, last=ends)
                 accelerator.backward(value / (len(batches) * config.gradient_accumulation_steps))
                 if not torch.isfinite(value):
                     finite = False
