@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, recursively_apply
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffalign.config import RunConfig
@@ -34,22 +34,22 @@ def refuse_launch(config: RunConfig, accelerator: Accelerator) -> None:
     """Launches that would do something else than they say, before anything is loaded.
 
     Raises:
-        ValueError: processes that do not see each other, DeepSpeed at another stage or in fp16, FSDP1, shards of a
-            LoRA, or FSDP that loads empty networks on all ranks but one.
+        ValueError: processes that do not see each other; FSDP or DeepSpeed of a LoRA or in fp16; another stage than
+            ZeRO-2; FSDP1, or FSDP that loads empty networks on all ranks but one.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > accelerator.num_processes:
         raise ValueError(f"{started} processes were started, but they do not see each other and each would train "
                          f"alone: without a GPU, set cpu=true")  # fmt: skip
-    if config.train == "lora" and (in_shards(accelerator) or with_deepspeed(accelerator)):
+    dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)
+    if dealt_out and config.train == "lora":
         raise ValueError("FSDP2 and DeepSpeed are for train: full; a LoRA is small enough for every process: launch "
                          "it with configs/accelerate/ddp.yaml")  # fmt: skip
-    if with_deepspeed(accelerator):
-        if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
-            raise ValueError("DeepSpeed is supported at zero_stage: 2 only; configs/accelerate/fsdp2.yaml deals out "
-                             "the weights as well")  # fmt: skip
-        if config.mixed_precision == "fp16":
-            raise ValueError("DeepSpeed is supported with mixed_precision: no or bf16, got fp16")
+    if dealt_out and config.mixed_precision == "fp16":
+        raise ValueError("FSDP2 and DeepSpeed are supported with mixed_precision: no or bf16, got fp16")
+    if with_deepspeed(accelerator) and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
+        raise ValueError("DeepSpeed is supported at zero_stage: 2 only; configs/accelerate/fsdp2.yaml deals out the "
+                         "weights as well")  # fmt: skip
     if not in_shards(accelerator):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -95,10 +95,10 @@ def spread(
     in shards are new ones.
     """
     if in_shards(accelerator):
-        shard(accelerator, network)
+        shard(accelerator, config, network)
         owner = getattr(reference, "__self__", None)  # of the `predict` of a second pipeline
         if isinstance(owner, LatentPipeline):
-            shard(accelerator, owner.network)
+            shard(accelerator, config, owner.network)
     made = optimizer([p for p in network.parameters() if p.requires_grad])
     if with_deepspeed(accelerator):
         return zero2(network, made, config)
@@ -129,16 +129,19 @@ def clip(accelerator: Accelerator, optimizer: Any, parameters: Sequence[Tensor],
     return float(accelerator.clip_grad_norm_(parameters, largest))
 
 
-def shard(accelerator: Accelerator, network: Any) -> None:
+def shard(accelerator: Accelerator, config: RunConfig, network: Any) -> None:
     """Deals out the weights over all ranks, in place: gathered block by block, freed again after each.
 
     The root is freed too, which is not FSDP2's default: whole weights that stay would be stale once averaged weights
-    are put in their place.
+    are put in their place. With bf16 the weights are gathered as such: the copies that autocast would make of gathered
+    fp32 ones would be kept, whole, until the backward pass. Shards and inputs (times above all) stay fp32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [m for m in network.modules() if type(m).__name__ in network._no_split_modules and m is not network]
     for module in [*reversed(blocks), network]:  # inner ones first
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def whole(values: Any, keep: bool) -> Any:
