@@ -138,8 +138,9 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def packaged_configs() -> list[str]:
-    """Names of the configs that ship, such as "tiny-sd/dpo"."""
-    return sorted(str(path.relative_to(PACKAGED).with_suffix("")) for path in PACKAGED.rglob("*.yaml"))
+    """Names of the configs that ship, such as "tiny-sd/dpo"; the folder accelerate/ has launch files, not runs."""
+    files = [path.relative_to(PACKAGED).with_suffix("") for path in PACKAGED.rglob("*.yaml")]
+    return sorted(str(file) for file in files if file.parts[0] != "accelerate")
 
 
 def find_config(name: str | Path) -> Path:
@@ -150,9 +151,8 @@ def find_config(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = PACKAGED / f"{str(name).removesuffix('.yaml')}.yaml"
-    if packaged.is_file():
-        return packaged
+    if (packaged := str(name).removesuffix(".yaml")) in packaged_configs():
+        return PACKAGED / f"{packaged}.yaml"
     raise unknown("config", str(name), packaged_configs())
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, patch_environment
 
 from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
@@ -21,6 +21,15 @@ from diffalign.cache import Cache
 from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.data.pairs import Pairs, load_pairs
+from diffalign.distributed import (
+    gathered_rows,
+    in_shards,
+    own_rows,
+    refuse_few_pairs,
+    refuse_launch,
+    whole,
+    with_deepspeed,
+)
 from diffalign.generation import sample_latents
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
@@ -81,6 +90,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
     refuse_graph(resolved, accelerator)
+    refuse_launch(resolved, accelerator)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
     try:
         return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
@@ -99,6 +109,7 @@ def _prepare_claimed(
     pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
                        random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
     log.info(pairs.summary())
+    refuse_few_pairs(resolved, len(pairs.train), accelerator.num_processes)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
                          attention=resolved.attention)  # fmt: skip
@@ -107,10 +118,14 @@ def _prepare_claimed(
     if resolved.train_timesteps:
         pipe.process = few_times(pipe.process, resolved.train_timesteps, method)
     data = cached(pipe, pairs, resolved, accelerator)
-    draw_samples = sample_drawer(pipe, data.cache, resolved)
+    draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
     pipe.release()
-    budget = memory_budget(resolved, accelerator.device)
+    dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
+    budget = None if dealt_out else memory_budget(resolved, accelerator.device)
     resolved = with_checkpointing_planned(resolved, budget, pipe.network.config)
+    refuse_graph(resolved, accelerator)
+    if in_shards(accelerator):
+        pipe.network.to("cpu")  # only its shards go back to the device; a frozen copy is made here too
     parameters = make_trainable(pipe, resolved)
     return Prepared(
         resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint
@@ -188,13 +203,13 @@ def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     """Devices, ranks, mixed precision and trackers."""
     AcceleratorState._reset_state()  # a process may train several runs, with other precisions; ranks stay as they are
-    accelerator = Accelerator(
-        cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-    )
-    return accelerator
+    with patch_environment(accelerate_use_deepspeed="false"):  # it is driven directly, see zero.py
+        return Accelerator(
+            cpu=config.cpu or os.environ.get("ACCELERATE_USE_CPU") == "true",
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        )
 
 
 def on_main_rank(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
@@ -249,30 +264,34 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
     )
 
 
-def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig) -> DrawSamples:
+def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:
     """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
 
-    It returns the mean of each of the config's rewards. It keeps the VAE alive when there is something to draw; without
-    validation prompts nothing is kept.
+    Every rank draws and scores its share, so all must call it. It returns the mean of each of the config's rewards. It
+    keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
     """
-    prompts = config.validation_prompts
-    if not prompts:
+    count = len(config.validation_prompts)
+    if not count:
         return lambda trained, path: {}
+    rows = own_rows(count, accelerator)
+    prompts = [config.validation_prompts[row] for row in rows]
     rewards = load_rewards(config.rewards) if config.rewards else None
     decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
-    generators = [torch.Generator().manual_seed(config.validation_seed + i) for i in range(len(prompts))]
-    noise = draw(pipe.latent_shape(), generators)
+    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
     condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
 
     def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
         latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
         pixels = decoder(latents).clamp(0, 1).cpu()
-        path.parent.mkdir(exist_ok=True)
-        grid(pixels, columns=min(8, len(prompts))).save(path)
+        levels = gathered_rows(rows, (pixels * 255).round().byte(), count)
+        if accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            grid(levels / 255, columns=min(8, count)).save(path)
         if rewards is None:
             return {}
         rewards(to_pictures(pixels), prompts)
-        return {f"validation/reward/{name}": score.mean().item() for name, score in rewards.terms.items()}
+        scores = {name: gathered_rows(rows, score, count) for name, score in rewards.terms.items()}
+        return {f"validation/reward/{name}": score.mean().item() for name, score in scores.items()}
 
     return draw_samples
 
@@ -328,12 +347,20 @@ def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
     }
 
 
-def save_result(pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any]) -> None:
-    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model."""
+def save_result(
+    pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any], main: bool = True
+) -> None:
+    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model.
+
+    The main rank writes; the others must call this too, since the network may be in shards.
+    """
     if config.train == "lora":
-        save_lora(pipe, folder, facts=facts)
-        write_card(folder)
+        if main:
+            save_lora(pipe, folder, facts=facts)
+            write_card(folder)
         return
-    whole = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
-    whole.network.load_state_dict(pipe.network.state_dict())
-    whole.save_pretrained(str(folder / "model"))
+    state = whole(pipe.network.state_dict(), main)
+    if main:
+        model = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
+        model.network.load_state_dict(state)
+        model.save_pretrained(str(folder / "model"))

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ log = logging.getLogger("diffalign")
 BINS = 10  # of the noise axis, for the metrics that change along it
 BINNED = ("h", "d_w")
 JUDGED = ("loss", "grad_norm")  # a step where these are not finite is skipped, and not averaged
+Totals = dict[str, tuple[float, int]]  # name -> sum and number of values
 
 
 class Averages:
@@ -48,10 +49,18 @@ class Averages:
             self._count(metrics, None if where is None else where.float().cpu())
         return [metrics for metrics, _ in finite]
 
-    def pop(self) -> dict[str, float]:
-        """The means of all that was read, and a fresh start. h_std is derived from the mean and the mean square."""
+    def pop(self, gather: Callable[[list[Totals]], list[Totals]] = list) -> dict[str, float]:
+        """The means of all that was read, and a fresh start. h_std is derived from the mean and the mean square.
+
+        `gather` puts the lists of all ranks one after the other; the means are then of all samples of all ranks.
+        """
         self.read()
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        totals: Totals = {}
+        for part in gather([{name: (self._sums[name], self._counts[name]) for name in self._sums}]):
+            for name, (value, count) in part.items():
+                so_far = totals.get(name, (0.0, 0))
+                totals[name] = (so_far[0] + value, so_far[1] + count)
+        means = {name: value / count for name, (value, count) in totals.items()}
         if "h_square" in means:
             means["h_std"] = max(0.0, means.pop("h_square") - means["h"] ** 2) ** 0.5
         self._sums.clear()

@@ -10,18 +10,31 @@ import copy
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
+from diffalign.distributed import (
+    announce,
+    clip,
+    exchange,
+    in_turns,
+    placed_like,
+    placed_optimizer,
+    spread,
+    step_unless,
+    whole,
+)
 from diffalign.graphs import graphed
 from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
@@ -66,12 +79,13 @@ class Trainer:
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
         self.reference = prepared.make_reference(self.pipe)
-        self.parameters = prepared.parameters
-        self.optimizer = self.accelerator.prepare_optimizer(adamw(self.parameters, self.config))
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
-        wrapped.network = self.accelerator.prepare_model(self.pipe.network)
+        wrapped.network, self.optimizer = spread(
+            self.accelerator, self.config, self.pipe.network, self.reference, partial(adamw, config=self.config)
+        )
         self.wrapper, self.policy = wrapped.network, wrapped.predict
+        self.parameters = [p for _, p in self._named()]
         self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
         self.step = 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
@@ -108,12 +122,11 @@ class Trainer:
         finite = []
         for micro in range(config.gradient_accumulation_steps):
             last = micro + 1 == config.gradient_accumulation_steps
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapper):
+            with exchange(self.accelerator, self.wrapper, last):
                 finite += self._backward(micro)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        norm = clip(self.accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         skip = self._any_rank(~torch.stack([*finite, norm.isfinite()]).all())
-        self.optimizer.optimizer.found_inf = skip  # the fused AdamW leaves everything as it was where this is 1
-        self.optimizer.step()
+        step_unless(self.optimizer, self.parameters, skip)
         self.optimizer.zero_grad(set_to_none=not config.cuda_graph)  # a recording writes where it wrote before
         self._update_ema()
         self.step += 1
@@ -126,14 +139,17 @@ class Trainer:
         The backward pass runs either way: another rank would wait for this one's gradients for ever.
         """
         accelerator, config = self.accelerator, self.config
-        seed = _mix(config.seed, self.step, micro, accelerator.process_index)
+        # counted over ranks, so that n ranks draw what one process draws in n times as many microbatches
+        seed = _mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
         run = self._run(self.policy, seed)
         finite = []
         with accelerator.autocast():
             with torch.no_grad():
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
+                ends = micro + 1 == config.gradient_accumulation_steps and number == len(batches)
+                announce(accelerator, self.wrapper, last=ends)
                 values = self._learning(run, len(batches) * config.gradient_accumulation_steps)(batch)
                 time = values.pop("time")
                 finite.append(values["loss"].mean().isfinite())
@@ -196,7 +212,7 @@ class Trainer:
             pairs = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
             rate = self.optimizer.param_groups[0]["lr"]
             step = {"learning_rate": rate, "pairs_per_second": pairs * self.pace.steps_per_second(self.step)}
-            self._log(self.averages.pop() | step | peak_memory(self.accelerator.device))
+            self._log(self.averages.pop(gather_object) | step | peak_memory(self.accelerator.device))
         if validates:
             self._validate()
         if saves:
@@ -237,19 +253,17 @@ class Trainer:
 
     def _validate(self) -> None:
         """Held-out pairs with fixed noise, and pictures of fixed prompts and seeds."""
-        if not self._main:
-            return
+        batches = self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
         with self._averaged(), self.accelerator.autocast(), torch.no_grad():
             averages = Averages()
-            for index, batch in enumerate(
-                self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
-            ):
-                # the module, not its DDP wrapper: the other ranks are not here
+            for index, batch, counts in in_turns(batches, self.accelerator):
+                # the module, not its DDP wrapper: without gradient there is nothing to exchange
                 run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
                 for noised in self.method.prepare(run, batch):
                     loss = self.method.loss(run, noised)
-                    averages.add({"loss": loss.value, **loss.metrics}, loss.time)
-            values = {f"validation/{name}": value for name, value in averages.pop().items()}
+                    if counts:
+                        averages.add({"loss": loss.value, **loss.metrics}, loss.time)
+            values = {f"validation/{name}": value for name, value in averages.pop(gather_object).items()}
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
 
     def _log(self, values: dict[str, float]) -> None:
@@ -261,12 +275,13 @@ class Trainer:
         self.metrics_file.write(self.step, values)
 
     def _save_checkpoint(self) -> None:
+        trainable, ema, optimizer = whole([dict(self._named()), self.ema, self.optimizer.state_dict()], self._main)
         if self._main:
             ckpt.save_checkpoint(
                 self.folder,
                 self.step,
-                tensors={"trainable": dict(self._named()), **({"ema": self.ema} if self.ema else {})},
-                optimizer=self.optimizer.state_dict(),
+                tensors={"trainable": trainable, **({"ema": ema} if ema else {})},
+                optimizer=optimizer,
                 counters={"nonfinite": self.skipped.row, "nonfinite_total": self.skipped.total,
                           "alarm": [self.alarm.average, self.alarm.above, self.alarm.warned]},
             )  # fmt: skip
@@ -278,12 +293,11 @@ class Trainer:
         trainable = ckpt.load_tensors(folder, "trainable")
         with torch.no_grad():
             for name, parameter in self._named():
-                parameter.copy_(trainable[name])
+                parameter.copy_(placed_like(trainable[name], parameter))
         if self.ema:
-            self.ema = {
-                name: value.to(self.accelerator.device) for name, value in ckpt.load_tensors(folder, "ema").items()
-            }
-        self.optimizer.load_state_dict(ckpt.load_optimizer(folder))
+            averaged = ckpt.load_tensors(folder, "ema")
+            self.ema = {name: placed_like(averaged[name], parameter) for name, parameter in self._named()}
+        self.optimizer.load_state_dict(placed_optimizer(ckpt.load_optimizer(folder), self.parameters))
         counters = manifest["counters"]
         self.step, self.pace = manifest["step"], Pace(manifest["step"])
         self.skipped = SkippedSteps(self.accelerator.device, counters["nonfinite_total"], counters["nonfinite"])
@@ -292,9 +306,9 @@ class Trainer:
 
     def _save_result(self) -> None:
         """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
-        if self._main:
-            with self._averaged():
-                save_result(self.pipe, self.config, self.folder, facts_of(self.config, self.data, self.step))
+        with self._averaged():
+            facts = facts_of(self.config, self.data, self.step)
+            save_result(self.pipe, self.config, self.folder, facts, main=self._main)
         self.accelerator.wait_for_everyone()
 
     # -- small things --------------------------------------------------------------------------------------------

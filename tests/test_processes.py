@@ -1,7 +1,8 @@
-"""Training in processes of its own: killed, ended politely, and on two ranks."""
+"""Training in processes of its own: killed, ended politely, and on two ranks, as wrapped networks and as shards."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,14 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
+from miniatures import stable_diffusion
+from PIL import Image
 from safetensors.torch import load_file
 from test_trainer import config, same
 
 from diffalign import checkpoint as ckpt
-from diffalign.pipelines.lora import WEIGHTS_NAME
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import WEIGHTS_NAME, attach_lora
 from diffalign.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -30,6 +36,42 @@ from diffalign.trainer import train
 result = train(sys.argv[1], sys.argv[2:])
 print("STEPS", result.steps, result.interrupted)
 """
+
+
+# one rank: says why the first runs are refused, trains the last, and leaves what it holds of what was trained
+RANK = """
+import json, os, pathlib, sys
+from safetensors.torch import save_file
+from diffalign.startup import prepare_run
+from diffalign.trainer import Trainer
+
+home, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+(home / f"pid{rank}").write_text(str(os.getpid()))
+*refused, overrides = json.loads(sys.argv[2])
+for bad in refused:
+    try:
+        prepare_run(home / "config.yaml", bad)
+        sys.exit("not refused")
+    except ValueError as error:
+        print("REFUSED", error)
+prepared = prepare_run(home / "config.yaml", overrides)
+total = sum(p.numel() for p in prepared.parameters)
+trainer = Trainer(prepared)
+assert trainer.accelerator.num_processes == 2
+trainer.fit()
+parameters = {n: p.detach() for n, p in trainer.pipe.network.named_parameters() if p.requires_grad}
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    moments = [m["exp_avg"] for m in trainer.optimizer.state_dict()["state"].values()]
+    frozen = trainer.reference.__self__.network.parameters()
+    for held in (parameters.values(), trainer.ema.values(), moments, frozen):
+        assert 0.4 * total < sum(t.to_local().numel() for t in held) < 0.6 * total
+elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    [part] = trainer.optimizer._zero.single_partition_of_fp32_groups
+    assert 0.4 * total < part.numel() < 0.6 * total
+else:
+    save_file({n: p.clone() for n, p in parameters.items()}, home / f"rank{rank}.safetensors")
+"""
+LAUNCHES = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -102,32 +144,149 @@ def test_sigterm_saves_and_exits_0(tmp_path: Path) -> None:
     assert ckpt.read_manifest(checkpoint)["step"] > 0
 
 
-def test_two_ranks_end_with_the_same_weights(tmp_path: Path) -> None:
-    """Two ranks really run, exchange their gradients, and end with the same weights."""
-    values = config(tmp_path, max_train_steps=3, checkpointing_steps=3, cpu=True)
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(values))
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import os, sys, torch\n"
-        "from safetensors.torch import save_file\n"
-        "from diffalign.startup import prepare_run\n"
-        "from diffalign.trainer import Trainer\n"
-        "trainer = Trainer(prepare_run(sys.argv[1], []))\n"
-        "assert trainer.accelerator.num_processes == 2\n"
-        "trainer.fit()\n"
-        "named = {n: p.detach().clone() for n, p in trainer.pipe.network.named_parameters() if p.requires_grad}\n"
-        "save_file(named, f'{sys.argv[2]}/rank{os.environ[\"RANK\"]}.safetensors')\n"
-    )
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
-               str(script), str(file), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=400
+        return int(free.getsockname()[1])
+
+
+def launch(kind: str, tmp_path: Path, values: dict[str, Any], runs: list[list[str]]) -> subprocess.Popen[str]:
+    """Two ranks by `accelerate launch` with a file of configs/accelerate, on runs of RANK, a list of overrides each."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCHES / f"{kind}.yaml"),
+               "--num_processes", "2", "--main_process_port", str(free_port()), str(tmp_path / "rank.py"),
+               str(tmp_path), json.dumps(runs)]  # fmt: skip
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
-    assert same(first, second)
-    assert any(value.abs().sum() > 0 for name, value in first.items() if "lora_B" in name)
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> str:
+    """What the launcher and its ranks say, once all have ended; none outlives the test."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def both_ranks(kind: str, tmp_path: Path, values: dict[str, Any], runs: list[list[str]]) -> str:
+    """What two ranks say that end well."""
+    process = launch(kind, tmp_path, values, runs)
+    output = finish(process, 300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(folder: Path, *kinds: str) -> dict[str, list[float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {kind: [row[kind] for row in rows if kind in row] for kind in kinds}
+
+
+def assert_same_curves(ours: Path, theirs: Path, tolerance: float) -> None:
+    kinds = "loss", "accuracy", "d_w", "grad_norm", "validation/loss", "validation/accuracy", "validation/d_w"
+    expected = metrics(theirs, *kinds)
+    assert len(expected["loss"]) == 4 and len(expected["validation/loss"]) == 3
+    for kind, values in metrics(ours, *kinds).items():
+        assert values == pytest.approx(expected[kind], rel=tolerance, abs=tolerance), kind
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_two_ranks_of_a_lora_are_one_process_with_the_same_global_batch(tmp_path: Path, one_thread: None) -> None:
+    """DDP, stopped after 2 steps and resumed to 4: the curves and weights of one process with twice the microbatches.
+
+    Tolerance: 1e-6, in units of weights that have moved by more than 1e-2.
+    """
+    prompts = ["a red circle", "a blue square", "two green triangles"]
+    values = config(tmp_path, cpu=True, validation_batch_size=2, validation_prompts=prompts, num_inference_steps=2,
+                    rewards={"shapes": {"mode": "score"}})  # fmt: skip
+    few = ["train_batch_size=8", f"output_dir={tmp_path}/few", "pretrained_model_name_or_path=/nowhere/at/all"]
+    output = both_ranks("ddp", tmp_path, values, [few, ["max_train_steps=2"]])
+    # a model that is not there would have been another error, had it come to loading
+    refusal = "2 processes with train_batch_size 8 take 16 different pairs at a time, but there are 9 to train on"
+    assert output.count(refusal) == 2 and "/nowhere" not in output
+    both_ranks("ddp", tmp_path, values, [["resume_from_checkpoint=latest"]])
+
+    both, one = Path(values["output_dir"]), tmp_path / "one"
+    train({**values, "output_dir": str(one), "gradient_accumulation_steps": 2, "validation_steps": 2})
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert same(*ranks)
+    ours, theirs = (load_file(folder / WEIGHTS_NAME) for folder in (both, one))
+    assert distance(ours, theirs) <= 1e-6
+    assert max(value.abs().max().item() for name, value in theirs.items() if "lora_B" in name) > 1e-2
+    assert_same_curves(both, one, 1e-6)
+    rewards = [metrics(folder, "validation/reward/shapes")["validation/reward/shapes"] for folder in (both, one)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-3)  # other batches: a pixel may round to the next level
+    for step in (0, 2, 4):
+        grids = [np.asarray(Image.open(f / "samples" / f"step-{step:06d}.png")).astype(int) for f in (both, one)]
+        assert abs(grids[0] - grids[1]).max() <= 1 < np.ptp(grids[0])
+    assert_only_the_lora(both)
+
+
+def assert_only_the_lora(folder: Path) -> None:
+    """Every tensor file of a run has the adapter's numbers and nothing else, and the optimizer's twice as many."""
+    size = 4 * sum(p.numel() for p in attach_lora(load_pipeline(stable_diffusion()), rank=2))
+    tensors = sorted(folder.rglob("*.safetensors"))
+    assert {file.name for file in tensors} == {WEIGHTS_NAME, "trainable.safetensors"} and len(tensors) == 3
+    for file in tensors:
+        state = load_file(file)
+        assert all("lora" in name for name in state) and sum(v.nbytes for v in state.values()) == size
+        assert size < file.stat().st_size < size + 20_000  # names and metadata
+    for file in folder.rglob("optimizer.pt"):
+        assert 2 * size < file.stat().st_size < 2 * size + 120_000
+    assert not (folder / "model").exists()
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed_zero2"])
+def test_two_ranks_in_shards_are_one_process_with_the_same_global_batch(
+    kind: str, tmp_path: Path, one_thread: None
+) -> None:
+    """All of tiny-sd with accumulation, resumed in the middle, with averaged weights and a frozen copy.
+
+    Tolerance: 2e-6 for weights that have moved by more than 1e-4 (norms are summed in another order), 1e-4 for metrics.
+    """
+    if kind == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    values = config(tmp_path, cpu=True, pretrained_model_name_or_path="tiny-sd", resolution=128, train="full",
+                    reference="frozen_copy", learning_rate=1e-4, ema_decay=0.9, validation_batch_size=2,
+                    train_batch_size=1, gradient_accumulation_steps=2)  # fmt: skip
+    del values["lora"]
+    both_ranks(kind, tmp_path, values, [["max_train_steps=2"]])
+    both_ranks(kind, tmp_path, values, [["resume_from_checkpoint=latest"]])
+
+    both, one = Path(values["output_dir"]), tmp_path / "one"
+    train({**values, "output_dir": str(one), "gradient_accumulation_steps": 4, "validation_steps": 2})
+    before = load_pipeline("tiny-sd").network.state_dict()
+    for stem in ("trainable", "ema"):
+        ours, theirs = (ckpt.load_tensors(folder / "checkpoint-4", stem) for folder in (both, one))
+        assert distance(ours, theirs) <= 2e-6
+        assert distance(theirs, {name: before[name] for name in theirs}) > 1e-4
+    assert_same_curves(both, one, 1e-4)
+    stock = StableDiffusionPipeline.from_pretrained(both / "model")
+    assert same(stock.unet.state_dict(), {**stock.unet.state_dict(), **ours})
+    # checkpoints are of whole tensors: one process can go on where two ranks stopped
+    moments = [ckpt.load_optimizer(folder / "checkpoint-4")["state"] for folder in (both, one)]
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        ours, theirs = ({str(index): state[name] for index, state in m.items()} for m in moments)
+        assert distance(ours, theirs) <= 1e-3 * max(value.abs().max().item() for value in theirs.values())
+    assert train({**values, "max_train_steps": 5, "resume_from_checkpoint": "latest"}).steps == 5
+    assert metrics(both, "loss")["loss"][-1] > 0
+
+
+def test_a_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
+    values = config(tmp_path, cpu=True, max_train_steps=100_000, checkpointing_steps=100_000)
+    process = launch("ddp", tmp_path, values, [[]])
+    log = Path(values["output_dir"]) / "metrics.jsonl"
+    try:
+        wait_for(lambda: log.is_file() and '"loss"' in log.read_text(), process)
+        os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    finally:
+        output = finish(process, 120)
+    assert process.returncode not in (0, None), output
+    assert "Signal 9" in output
+    assert not Path(f"/proc/{(tmp_path / 'pid0').read_text()}").exists()
