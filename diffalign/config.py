@@ -63,9 +63,7 @@ class RunConfig:
     resolution: int = 512  # pixels of the short side, and of the crop
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
-    # data | fixed: what SDXL is told of sizes and crops. Told the truth, as it and every trainer of it does, it keeps
-    # apart what a picture shows and how it was cut or enlarged; fixed says "whole, of its own size" of every picture
-    micro_conditioning: str = "data"
+    micro_conditioning: str = "data"  # data | fixed: what SDXL is told of sizes and crops (pipelines/sdxl.py)
 
     train: str = "lora"  # lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -257,12 +255,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"validation_prompts: expected a list of texts, got {value!r}")
         return value
-    if key == "train_timesteps":
-        whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-        if value is not None and not (whole and value):
-            raise ValueError(f"train_timesteps: expected a list of whole numbers such as [249, 499, 749, 999], "
-                             f"or null for all times, got {value!r}")  # fmt: skip
-        return value
+    if key == "train_timesteps" and value is not None and (type(value) is not list or {*map(type, value)} != {int}):
+        raise ValueError(f"train_timesteps: expected a list such as [249, 499, 749, 999], or null, got {value!r}")
     if key == "rewards":
         if not isinstance(value, Mapping):
             raise ValueError(f"rewards: expected name: weight lines, got {value!r}")

@@ -38,7 +38,7 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
-from diffalign.process import NoiseProcess, at_timesteps
+from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
@@ -96,7 +96,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
     except ValueError:
         if checkpoint is None and accelerator.is_main_process:
-            unclaim_folder(folder)
+            (folder / RESUMED_CONFIG).unlink(missing_ok=True)  # the corrected run may have the folder
         raise
 
 
@@ -116,7 +116,9 @@ def _prepare_claimed(
     if resolved.init_lora:
         check_lora(pipe, resolved.init_lora)
     if resolved.train_timesteps:
-        pipe.process = few_times(pipe.process, resolved.train_timesteps, method)
+        pipe.process = at_timesteps(pipe.process, resolved.train_timesteps)
+        low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
+        pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
     data = cached(pipe, pairs, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
     pipe.release()
@@ -187,11 +189,6 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def unclaim_folder(folder: Path) -> None:
-    """Takes the config out again when a run is refused before its first step: the corrected run may have the folder."""
-    (folder / RESUMED_CONFIG).unlink(missing_ok=True)
-
-
 def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     different = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
     if different:
@@ -232,18 +229,6 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
     if config.train == "full":
         return torch.float32
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-
-
-def few_times(process: NoiseProcess, timesteps: Sequence[int], method: Method) -> NoiseProcess:
-    """The process that trains at these times alone.
-
-    Raises:
-        ValueError: a time that the model has not, or none in the method's own range; before hours of caching.
-    """
-    restricted = at_timesteps(process, timesteps)
-    low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
-    restricted.training_times(1, torch.Generator(), low, high)
-    return restricted
 
 
 def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: Accelerator) -> Batches:

@@ -73,7 +73,11 @@ class StableDiffusionXL(LatentPipeline):
         return {name: value * per_sample(said, value) for name, value in condition.items()}
 
     def frame_condition(self, frames: Sequence[Frame]) -> Condition:
-        """`time_ids` [B, 6], fp32: original size, corner of the crop, size of the crop, as SDXL was trained."""
+        """`time_ids` [B, 6], fp32: original size, corner of the crop, size of the crop.
+
+        So SDXL was trained (arXiv 2307.01952, section 2.2), and so the scripts of diffusers train it, so it is
+        the default: told the truth, the network keeps apart what a picture shows and how it was enlarged or cut.
+        """
         ids = [[*frame.original, *frame.corner, *frame.target] for frame in frames]
         return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
 
