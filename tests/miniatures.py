@@ -34,6 +34,8 @@ from transformers import (
 
 from diffalign.shapes.tiny_sd import build_tokenizer
 
+HOME = tempfile.TemporaryDirectory(prefix="diffalign-miniatures-")  # gone when the process ends
+
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
@@ -145,6 +147,6 @@ def _scheduler(prediction_type: str, name: str) -> Any:
 
 
 def _saved(pipe: DiffusionPipeline) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="diffalign-miniature-"))
+    folder = Path(tempfile.mkdtemp(dir=HOME.name))
     pipe.save_pretrained(folder)
     return folder
