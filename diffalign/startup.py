@@ -20,6 +20,7 @@ from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
+from diffalign.config import resolve as resolve_config
 from diffalign.data.pairs import Pairs, load_pairs
 from diffalign.distributed import (
     gathered_rows,
@@ -181,7 +182,7 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
         if config.resume_from_checkpoint is None:
             raise ValueError(f"{folder} already holds a run: go on with it by resume_from_checkpoint=latest, "
                              f"or choose another output_dir")  # fmt: skip
-        _same_run(yaml.safe_load(stored.read_text()), as_dict(config), folder)
+        _same_run(as_dict(resolve_config(yaml.safe_load(stored.read_text()))), as_dict(config), folder)
     elif config.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(f"{folder} holds no run to go on with ({RESUMED_CONFIG} is missing)")
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toy_pairs
+import yaml
 from diffusers import DiffusionPipeline
 from miniatures import FAMILIES, stable_diffusion
 from safetensors import safe_open
@@ -283,6 +284,18 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         train(values)
     with pytest.raises(ValueError, match="another learning_rate"):
         train({**values, "learning_rate": 5e-3, "resume_from_checkpoint": "latest"})
+
+
+def test_a_run_of_an_older_version_goes_on_where_new_keys_have_their_defaults(tmp_path: Path) -> None:
+    values = config(tmp_path, max_train_steps=2)
+    stored = train(values).folder / "config.yaml"
+    old = yaml.safe_load(stored.read_text())
+    del old["micro_conditioning"], old["attention"]
+    stored.write_text(yaml.safe_dump(old))
+    resumed = {**values, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="another micro_conditioning"):
+        train({**resumed, "micro_conditioning": "fixed"})
+    assert train(resumed).steps == 3
 
 
 @pytest.mark.parametrize(
