@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME, attach_lora
 from diffalign.trainer import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 600)]
 
 SCRIPT = """
 import sys
@@ -71,6 +71,7 @@ elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
 else:
     save_file({n: p.clone() for n, p in parameters.items()}, home / f"rank{rank}.safetensors")
 """
+PATIENCE = 600  # seconds for a launch that takes half a minute alone on a machine: against a hang, not a measurement
 LAUNCHES = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
@@ -144,37 +145,29 @@ def test_sigterm_saves_and_exits_0(tmp_path: Path) -> None:
     assert ckpt.read_manifest(checkpoint)["step"] > 0
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+@contextlib.contextmanager
+def launch(kind: str, tmp_path: Path, values: dict[str, Any], runs: list[list[str]]) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks by `accelerate launch` with a file of configs/accelerate, on runs of RANK, a list of overrides each.
 
-
-def launch(kind: str, tmp_path: Path, values: dict[str, Any], runs: list[list[str]]) -> subprocess.Popen[str]:
-    """Two ranks by `accelerate launch` with a file of configs/accelerate, on runs of RANK, a list of overrides each."""
+    None of them outlives the block.
+    """
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCHES / f"{kind}.yaml"),
-               "--num_processes", "2", "--main_process_port", str(free_port()), str(tmp_path / "rank.py"),
-               str(tmp_path), json.dumps(runs)]  # fmt: skip
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], seconds: float) -> str:
-    """What the launcher and its ranks say, once all have ended; none outlives the test."""
+               "--num_processes", "2", str(tmp_path / "rank.py"), str(tmp_path), json.dumps(runs)]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        return process.communicate(timeout=seconds)[0]
+        yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *(int(file.read_text()) for file in tmp_path.glob("pid[01]"))]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def both_ranks(kind: str, tmp_path: Path, values: dict[str, Any], runs: list[list[str]]) -> str:
     """What two ranks say that end well."""
-    process = launch(kind, tmp_path, values, runs)
-    output = finish(process, 300)
+    with launch(kind, tmp_path, values, runs) as process:
+        output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, output
     return output
 
@@ -280,13 +273,11 @@ def test_two_ranks_in_shards_are_one_process_with_the_same_global_batch(
 
 def test_a_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
     values = config(tmp_path, cpu=True, max_train_steps=100_000, checkpointing_steps=100_000)
-    process = launch("ddp", tmp_path, values, [[]])
     log = Path(values["output_dir"]) / "metrics.jsonl"
-    try:
-        wait_for(lambda: log.is_file() and '"loss"' in log.read_text(), process)
+    with launch("ddp", tmp_path, values, [[]]) as process:
+        wait_for(lambda: log.is_file() and '"loss"' in log.read_text(), process, PATIENCE)
         os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-    finally:
-        output = finish(process, 120)
-    assert process.returncode not in (0, None), output
-    assert "Signal 9" in output
-    assert not Path(f"/proc/{(tmp_path / 'pid0').read_text()}").exists()
+        output = process.communicate(timeout=PATIENCE)[0]
+        assert process.returncode not in (0, None), output
+        assert "Signal 9" in output, output
+        assert not Path(f"/proc/{(tmp_path / 'pid0').read_text()}").exists(), output
