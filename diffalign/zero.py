@@ -58,7 +58,8 @@ class ZeroOptimizer:
         """Every rank must call this: the moments of all parameters are one flat tensor, of which each has a part."""
         inner = self._zero.optimizer.state_dict()
         [flat] = inner["state"].values()
-        parts = {name: torch.cat(gather_object([v.cpu()])) for name, v in flat.items() if v.ndim}
+        names = sorted(name for name, value in flat.items() if value.ndim)  # in one order on all ranks
+        parts = {name: torch.cat(gather_object([flat[name].cpu()])) for name in names}
         state: dict[int, dict[str, Tensor]] = {}
         start = 0
         for index, parameter in enumerate(self._parameters):
@@ -73,7 +74,7 @@ class ZeroOptimizer:
         inner, size = self._zero.optimizer.state_dict(), self._zero.partition_size[0]
         start = size * torch.distributed.get_rank()
         own: dict[str, Tensor] = {"step": state["state"][0]["step"]}
-        for name in state["state"][0].keys() - {"step"}:
+        for name in (name for name in state["state"][0] if name != "step"):
             flat = torch.cat([state["state"][index][name].flatten() for index in range(len(self._parameters))])
             own[name] = torch.nn.functional.pad(flat[start : start + size], (0, max(0, start + size - len(flat))))
         self._zero.optimizer.load_state_dict({"state": {0: own}, "param_groups": inner["param_groups"]})
