@@ -49,6 +49,7 @@ def counted(module: torch.nn.Module) -> Iterator[Count]:
     def stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         return _FusedAttention.apply(count, query, key, value)
 
+    # not by a function mode, which is off while a backward pass recomputes checkpointed blocks
     F.scaled_dot_product_attention = stand_in  # type: ignore[assignment]
     try:
         with counter, torch.autograd.graph.saved_tensors_hooks(count.keep, lambda tensor: tensor):

@@ -125,7 +125,9 @@ class Trainer:
             with exchange(self.accelerator, self.wrapper, last):
                 finite += self._backward(micro)
         norm = clip(self.accelerator, self.optimizer, self.parameters, config.max_grad_norm)
-        skip = self._any_rank(~torch.stack([*finite, norm.isfinite()]).all())
+        # with fp16 gradients overflow while the scaler looks for its scale, and it skips those steps itself
+        judged = finite if self.accelerator.scaler else [*finite, norm.isfinite()]
+        skip = self._any_rank(~torch.stack(judged).all())
         step_unless(self.optimizer, self.parameters, skip)
         self.optimizer.zero_grad(set_to_none=not config.cuda_graph)  # a recording writes where it wrote before
         self._update_ema()
@@ -197,7 +199,8 @@ class Trainer:
 
     def _update_ema(self) -> None:
         if self.config.ema_decay:
-            decay = min(self.config.ema_decay, (2 + self.step) / (11 + self.step))
+            done = self.step + 1
+            decay = min(self.config.ema_decay, (1 + done) / (10 + done))
             trained = [parameter.detach() for _, parameter in self._named()]
             torch._foreach_lerp_(list(self.ema.values()), trained, 1 - decay)
 

@@ -129,7 +129,7 @@ def using(backend: str) -> Around:
         return contextlib.nullcontext()
     if backend in TORCH_KERNELS:
         return sdpa_kernel([TORCH_KERNELS[backend]])
-    return _Redirect(_from_package(backend), strict=True)
+    return _Redirect(_from_package(backend, otherwise=_refuse_mask))
 
 
 def preferring(backend: str) -> Around:
@@ -141,7 +141,9 @@ def preferring(backend: str) -> Around:
     if backend in TORCH_KERNELS:
         others = [kernel for name, kernel in TORCH_KERNELS.items() if name != backend]
         return sdpa_kernel([TORCH_KERNELS[backend], *others], set_priority=True)
-    return using(backend) if backend == "auto" else _Redirect(_from_package(backend), strict=False)
+    if backend == "auto":
+        return contextlib.nullcontext()
+    return _Redirect(_from_package(backend, otherwise=F.scaled_dot_product_attention))
 
 
 @contextlib.contextmanager
@@ -164,35 +166,35 @@ class _Counting(TorchDispatchMode):
 
 
 class _Redirect(TorchFunctionMode):
-    """Gives calls of torch's attention to another function; those with a mask are refused, or left to torch."""
+    """Calls of torch's attention go to another function, which may call torch's own itself."""
 
-    def __init__(self, attend: Attend, strict: bool) -> None:
+    def __init__(self, attend: Attend) -> None:
         super().__init__()
-        self.attend, self.strict = attend, strict
+        self.attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **options)
-        plain = len(args) <= 3 and not any(_given(options.get(name)) for name in MASKS)
-        if plain:
-            return self.attend(*args, **options)
-        if self.strict:
-            raise ValueError("attention: this backend is wired up for attention without a mask; use auto or efficient")
-        return func(*args, **options)
+        called = self.attend if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
 
 
-def _from_package(name: str) -> Attend:
-    """torch's signature, [B, heads, length, width], around a package's function."""
+def _from_package(name: str, otherwise: Attend) -> Attend:
+    """torch's signature, [B, heads, length, width], around a package's function; with a mask `otherwise` is called."""
     module, _, function = PACKAGES[name].partition(":")
     compute = getattr(importlib.import_module(module), function)
+    keyword = "scale" if name == "xformers" else "softmax_scale"
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, **_: Any) -> Tensor:
-        keywords = {"scale" if name == "xformers" else "softmax_scale": scale}
-        out: Tensor = compute(*(x.transpose(1, 2).contiguous() for x in (query, key, value)), **keywords)
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args or any(_given(options.get(option)) for option in MASKS):
+            return otherwise(query, key, value, *args, **options)
+        out: Tensor = compute(*(x.transpose(1, 2).contiguous() for x in (query, key, value)),
+                              **{keyword: options.get("scale")})  # fmt: skip
         return out.transpose(1, 2)
 
     return attend
+
+
+def _refuse_mask(*_: Any, **__: Any) -> Tensor:
+    raise ValueError("attention: this backend is wired up for attention without a mask; use auto or efficient")
 
 
 def _given(option: Any) -> bool:

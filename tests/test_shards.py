@@ -150,8 +150,6 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> No
 FULL = """
 import resource, signal, sys
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from pathlib import Path
 from diffalign.shards import Shards
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

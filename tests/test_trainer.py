@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign import checkpoint as ckpt
+from diffalign import trainer as trainer_module
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME, load_lora
 from diffalign.startup import prepare_run
@@ -242,6 +243,18 @@ def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(tmp_path: Path
     run._train_step()
     assert run.skipped.read() == (1, 0, 0)
     assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before[1], strict=True))
+
+
+def test_gradients_that_overflow_are_a_skipped_step_unless_a_scaler_is_looking_for_its_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Trainer(prepare_run(config(tmp_path), ()))
+    monkeypatch.setattr(trainer_module, "clip", lambda *_: torch.tensor(float("inf")))
+    run._train_step()
+    assert run.skipped.read() == (1, 1, 1)
+    run.accelerator.scaler = object()  # there is no fp16 training on a CPU
+    run._train_step()
+    assert run.skipped.read() == (1, 0, 0)
 
 
 @pytest.mark.parametrize("folder", [pytest.param(make, id=name) for name, make in FAMILIES.items()])
