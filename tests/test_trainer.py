@@ -12,6 +12,7 @@ import pytest
 import torch
 import toy_pairs
 import yaml
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from miniatures import FAMILIES, stable_diffusion
 from safetensors import safe_open
@@ -19,10 +20,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign import checkpoint as ckpt
+from diffalign import startup
 from diffalign import trainer as trainer_module
+from diffalign.config import RunConfig
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME, load_lora
-from diffalign.startup import prepare_run
+from diffalign.startup import make_accelerator, prepare_run
 from diffalign.tracking import SkippedSteps
 from diffalign.trainer import RunResult, Trainer, train
 
@@ -245,16 +248,33 @@ def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(tmp_path: Path
     assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before[1], strict=True))
 
 
-def test_gradients_that_overflow_are_a_skipped_step_unless_a_scaler_is_looking_for_its_scale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_that_overflow_are_a_skipped_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Trainer(prepare_run(config(tmp_path), ()))
     monkeypatch.setattr(trainer_module, "clip", lambda *_: torch.tensor(float("inf")))
     run._train_step()
     assert run.skipped.read() == (1, 1, 1)
-    run.accelerator.scaler = object()  # there is no fp16 training on a CPU
-    run._train_step()
-    assert run.skipped.read() == (1, 0, 0)
+
+
+def test_fp16_finds_its_loss_scale_without_counting_skipped_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate knows fp16 on a GPU only, torch on a CPU too: here with a scale that overflows at first."""
+
+    def in_fp16(config: RunConfig, folder: Path) -> Accelerator:
+        accelerator = make_accelerator(dataclasses.replace(config, mixed_precision="no"), folder)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return accelerator
+
+    monkeypatch.setattr(startup, "make_accelerator", in_fp16)
+    run = Trainer(prepare_run(config(tmp_path, mixed_precision="fp16", max_nonfinite_steps=2), ()))
+    before = [p.detach().clone() for p in run.parameters]
+    for _ in range(40):
+        run._train_step()
+    assert run.accelerator.scaler.get_scale() < 2.0**40
+    assert run.skipped.read() == (0, 0, 0)
+    assert all(p.isfinite().all() for p in run.parameters)
+    assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("folder", [pytest.param(make, id=name) for name, make in FAMILIES.items()])
