@@ -32,10 +32,11 @@ from diffalign.pipelines.export import export_lora
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
+from diffalign.refusals import refuse
 from diffalign.rewards import REWARDS
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
-from diffalign.startup import refuse, weight_dtype
+from diffalign.startup import weight_dtype
 from diffalign.table import bind, build, coerce, resolve, unknown
 from diffalign.trainer import train
 

@@ -72,12 +72,17 @@ def working() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the yielded function is told how many more are done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)
+def progress_bar(what: str, total: int, *, done: int = 0, hidden: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; the yielded function is told how many more are done, and what to show beside it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[state]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task(what, total=total, completed=done, state="")
+
+        def advance(more: int, state: str = "") -> None:
+            progress.update(task, advance=more, state=state)
+
+        yield advance
 
 
 def guarded(run: Callable[[], Any]) -> int:

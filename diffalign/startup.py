@@ -22,30 +22,19 @@ from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.config import resolve as resolve_config
 from diffalign.data.pairs import Pairs, load_pairs
-from diffalign.distributed import (
-    gathered_rows,
-    in_shards,
-    own_rows,
-    refuse_few_pairs,
-    refuse_launch,
-    whole,
-    with_deepspeed,
-)
-from diffalign.generation import sample_latents
+from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, whole, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method, Need
+from diffalign.methods.base import Method
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
-from diffalign.rewards import load_rewards
-from diffalign.rewards.preprocess import to_pictures
-from diffalign.sampling import draw
+from diffalign.refusals import refuse, refuse_graph
 from diffalign.table import build, resolve
-from diffalign.tracking import grid
+from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
 
@@ -56,10 +45,8 @@ FREE_ON_RESUME = {
     "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts", "rewards", "attention",
     "gradient_checkpointing", "memory_gb", "compile", "cuda_graph",
 }  # fmt: skip
-SERVED = {Need.PAIRS, Need.REFERENCE}  # what this trainer can give a method
 
 Result = TypeVar("Result")
-DrawSamples = Callable[[LatentPipeline, Path], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
-    refuse_graph(resolved, accelerator)
+    refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     refuse_launch(resolved, accelerator)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
     try:
@@ -126,48 +113,13 @@ def _prepare_claimed(
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
     budget = None if dealt_out else memory_budget(resolved, accelerator.device)
     resolved = with_checkpointing_planned(resolved, budget, pipe.network.config)
-    refuse_graph(resolved, accelerator)
+    refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     if in_shards(accelerator):
         pipe.network.to("cpu")  # only its shards go back to the device; a frozen copy is made here too
     parameters = make_trainable(pipe, resolved)
     return Prepared(
         resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint
     )
-
-
-def refuse(config: RunConfig, method: Method) -> None:
-    """Combinations that cannot work, named with what would, before anything is loaded."""
-    if unserved := method.needs - SERVED:
-        raise ValueError(f"method {config.method_name!r} needs {', '.join(sorted(n.value for n in unserved))}, "
-                         f"which this trainer does not give yet")  # fmt: skip
-    if Need.PAIRS in method.needs and "name" not in config.data:
-        raise ValueError(
-            f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
-        )
-    if Need.REFERENCE in method.needs and config.reference_name == "none":
-        raise ValueError(f"method {config.method_name!r} needs a reference: set reference: {{name: adapter_off}}, "
-                         f"or frozen_copy for train: full")  # fmt: skip
-    if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
-        raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
-    if config.rewards and not config.validation_prompts:
-        raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
-    if config.train == "full" and config.init_lora:
-        raise ValueError(
-            "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
-        )
-
-
-def refuse_graph(config: RunConfig, accelerator: Accelerator) -> None:
-    """What a recorded step cannot hold."""
-    reasons = {
-        "a CUDA device": accelerator.device.type != "cuda",
-        "one process": accelerator.num_processes > 1,
-        "mixed_precision: bf16 or no": config.mixed_precision == "fp16",
-        "gradient_checkpointing: false": bool(config.gradient_checkpointing),
-        "lora.dropout: 0": config.lora.dropout > 0,
-    }
-    if config.cuda_graph and (missing := [what for what, absent in reasons.items() if absent]):
-        raise ValueError(f"cuda_graph: true needs {' and '.join(missing)}; leave it out here")
 
 
 def claim_folder(folder: Path, config: RunConfig) -> Path | None:
@@ -248,38 +200,6 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
     return Batches(
         cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed, told
     )
-
-
-def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:
-    """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
-
-    Every rank draws and scores its share, so all must call it. It returns the mean of each of the config's rewards. It
-    keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
-    """
-    count = len(config.validation_prompts)
-    if not count:
-        return lambda trained, path: {}
-    rows = own_rows(count, accelerator)
-    prompts = [config.validation_prompts[row] for row in rows]
-    rewards = load_rewards(config.rewards) if config.rewards else None
-    decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
-    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
-    condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
-
-    def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
-        latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
-        pixels = decoder(latents).clamp(0, 1).cpu()
-        levels = gathered_rows(rows, (pixels * 255).round().byte(), count)
-        if accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            grid(levels / 255, columns=min(8, count)).save(path)
-        if rewards is None:
-            return {}
-        rewards(to_pictures(pixels), prompts)
-        scores = {name: gathered_rows(rows, score, count) for name, score in rewards.terms.items()}
-        return {f"validation/reward/{name}": score.mean().item() for name, score in scores.items()}
-
-    return draw_samples
 
 
 def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:

@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from diffalign import checkpoint as ckpt
 from diffalign.config import RunConfig
+from diffalign.console import progress_bar
 from diffalign.distributed import (
     announce,
     clip,
     exchange,
-    in_turns,
     placed_like,
     placed_optimizer,
     spread,
@@ -36,12 +35,14 @@ from diffalign.distributed import (
     whole,
 )
 from diffalign.graphs import graphed
-from diffalign.methods.base import Method, Need, Noised, PairBatch, Run
+from diffalign.methods.base import Method, Noised, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
+from diffalign.seeds import mix
 from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
+from diffalign.validation import check_identity, held_out_metrics
 
 log = logging.getLogger("diffalign")
 
@@ -102,13 +103,14 @@ class Trainer:
         if self.step == 0:
             self._check_identity()
             self._validate()
-        stopping = False
-        with _until_sigterm() as received, self._progress() as advance:
-            while self.step < self.config.max_train_steps and not stopping:
+        stopping, last = False, self.config.max_train_steps
+        bar = progress_bar("training", last, done=self.step, hidden=not self._main)
+        with _until_sigterm() as received, bar as advance:
+            while self.step < last and not stopping:
                 self._train_step()
-                advance()
+                advance(1, self._shown())
                 stopping = self._asked_to_stop(received)
-                self._after_step(last=stopping or self.step == self.config.max_train_steps)
+                self._after_step(last=stopping or self.step == last)
         self._save_result()
         self.accelerator.end_training()
         return RunResult(self.folder, self.step, self.last, interrupted=stopping)
@@ -142,7 +144,7 @@ class Trainer:
         """
         accelerator, config = self.accelerator, self.config
         # counted over ranks, so that n ranks draw what one process draws in n times as many microbatches
-        seed = _mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
+        seed = mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
         run = self._run(self.policy, seed)
         finite = []
@@ -226,47 +228,21 @@ class Trainer:
     # -- what is asserted, measured and written ------------------------------------------------------------------
 
     def _check_identity(self) -> None:
-        """Policy and reference are the same weights before the first step: they must say the same, to the bit in fp32.
-
-        Compiled they are two programs, which round differently.
-
-        Skipped, and said so, with `init_lora` or another reference than the same weights.
-        """
-        if self.reference is None or Need.REFERENCE not in self.method.needs:
-            return
-        if self.config.init_lora and self.config.reference_name == "adapter_off":
-            log.info("step-0 identity not checked: init_lora starts away from the reference")
-            return
         run = self._run(self.policy, self.config.seed)
         with self.accelerator.autocast():
-            with torch.no_grad():
-                noised = self.method.prepare(run, self._batch(0, run.generator))[0]
-                theirs = self.reference(noised.x_t, noised.t, noised.condition)
-            ours = self.policy(noised.x_t, noised.t, noised.condition).detach()
-        difference = (ours - theirs).square().mean().sqrt().item()
-        scale = theirs.square().mean().sqrt().item()
-        allowed = scale * (1e-2 if self.config.mixed_precision != "no" else 1e-5 if self.config.compile else 0.0)
-        if not difference <= allowed:
-            raise RuntimeError(
-                f"step-0 identity: policy and reference are the same weights and must agree, but their outputs differ "
-                f"by {difference:.3g} rms (outputs {scale:.3g} rms, allowed {allowed:.3g}). Usual causes: dropout in "
-                f"the policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
-            )
-        log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
+            check_identity(self.config, self.method, run, self._batch(0, run.generator))
 
     def _validate(self) -> None:
         """Held-out pairs with fixed noise, and pictures of fixed prompts and seeds."""
-        batches = self.data.validation_batches(self.config.validation_seed, self.accelerator.device)
+        seed = self.config.validation_seed
+        batches = self.data.validation_batches(seed, self.accelerator.device)
+
+        def run_of(number: int) -> Run:
+            # the module, not its DDP wrapper: without gradient there is nothing to exchange
+            return self._run(self.pipe.predict, mix(seed, 0, number, 0))
+
         with self._averaged(), self.accelerator.autocast(), torch.no_grad():
-            averages = Averages()
-            for index, batch, counts in in_turns(batches, self.accelerator):
-                # the module, not its DDP wrapper: without gradient there is nothing to exchange
-                run = self._run(self.pipe.predict, _mix(self.config.validation_seed, 0, index, 0))
-                for noised in self.method.prepare(run, batch):
-                    loss = self.method.loss(run, noised)
-                    if counts:
-                        averages.add({"loss": loss.value, **loss.metrics}, loss.time)
-            values = {f"validation/{name}": value for name, value in averages.pop(gather_object).items()}
+            values = held_out_metrics(self.method, run_of, batches, self.accelerator)
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
 
     def _log(self, values: dict[str, float]) -> None:
@@ -343,6 +319,10 @@ class Trainer:
             number = self.accelerator.reduce(number, "sum").clamp(max=1)
         return number
 
+    def _shown(self) -> str:
+        """Beside the progress bar."""
+        return "  ".join(f"{k} {self.last[k]:.3g}" for k in ("loss", "accuracy", "pairs_per_second") if k in self.last)
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in place of the trained ones, if they are kept."""
@@ -356,30 +336,6 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self._named() if self.ema else ():
                     parameter.copy_(kept[name])
-
-    @contextmanager
-    def _progress(self) -> Iterator[Any]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[state]}"))  # fmt: skip
-        with Progress(*columns, disable=not self._main) as progress:
-            task = progress.add_task("training", total=self.config.max_train_steps, completed=self.step, state="")
-
-            def advance() -> None:
-                shown = [f"{k} {self.last[k]:.3g}" for k in ("loss", "accuracy", "pairs_per_second") if k in self.last]
-                progress.update(task, completed=self.step, state="  ".join(shown))
-
-            yield advance
-
-
-def _mix(*numbers: int) -> int:
-    """One seed of several numbers, such that neighbors in any of them share nothing (splitmix64's finalizer)."""
-    value = 0
-    for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        value ^= value >> 31
-    return value & (2**63 - 1)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("diffalign", "pipelines", "rewards")
 HOMES = {  # who may import what; the trainer is start-up, loop, and what several processes need
-    "accelerate": tuple(f"diffalign/{name}.py" for name in ("trainer", "startup", "distributed", "zero")),
+    "accelerate": tuple(f"diffalign/{name}.py" for name in ("trainer", "startup", "validation", "distributed", "zero")),
     "deepspeed": ("diffalign/zero.py",),
     "diffusers": ("pipelines/",),
     "peft": ("pipelines/",),
@@ -19,7 +19,7 @@ HOMES = {  # who may import what; the trainer is start-up, loop, and what severa
 LEAVES = ("cli", "commands", "arguments", "doctor", "demo", "shapes/train", "shapes/tiny", "shapes/pairs")
 RANKS = {  # an arrow goes from a higher rank to a lower one, or stays inside a rank
     "process": 0, "table": 0, "transition": 1, "losses": 1, "sampling": 2, "data": 2,
-    "methods": 3, "trainer": 4, "startup": 4, "distributed": 4, "zero": 4,
+    "methods": 3, "trainer": 4, "startup": 4, "validation": 4, "refusals": 4, "distributed": 4, "zero": 4,
 }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from diffalign.pipelines import PIPELINES, load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.process import NoiseProcess, VariancePreserving, per_sample, target
+from diffalign.sampling import Condition
 from diffalign.shapes import tiny_sd, tiny_sd3, tiny_sdxl
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.render import render
@@ -47,6 +48,7 @@ NOISY_SHARE, NOISY_FROM = 0.5, 0.75  # of a batch, drawn from the noisiest quart
 MAX_WEIGHT = 100.0
 SIDES_WEIGHT = 0.1
 T5_LENGTHS = 16, 256  # tokens; a model that was trained with one length only fails at every other
+SHORT_SHARE, CLIP_TOKENS, CLIP_PADDED = 0.75, 24, 77  # of the steps, with next to no padding: 1.7 times as fast
 
 
 def draw_times(process: NoiseProcess, count: int, generator: torch.Generator) -> Tensor:
@@ -134,10 +136,11 @@ class Trainer:
         eps = torch.randn(x0.shape, generator=g).to(device)
         t = draw_times(process, n, g).to(device)
         dropped = torch.rand(n, generator=g) < PROMPT_DROPOUT
-        _set_t5_length(self.pipe, g)
+        padded = _set_t5_length(self.pipe, g)
         prompts = ["" if drop else str(self.scenes[i]) for i, drop in zip(pick.tolist(), dropped.tolist(), strict=True)]
         condition = self.pipe.encode_prompts(prompts)
-        said = self.pipe.predict(process.add_noise(x0, eps, t), t, condition)
+        seen = condition if padded else _without_padding(condition)
+        said = self.pipe.predict(process.add_noise(x0, eps, t), t, seen)
         y = target(self.pipe.parametrization, x0, eps, *process.coefficients(t))
         error = (per_sample(weight(process, t), y) * (said - y).square()).mean()
         asked = after_end(self.pipe.stock.tokenizer, prompts).to(device) & ~dropped.to(device)[:, None]
@@ -157,6 +160,8 @@ class Trainer:
     def teach(self, steps: int) -> None:
         """Before the first step: what the text encoders then have to keep."""
         texts = [module for name, module in self.modules.items() if name.startswith("text_encoder")]
+        if hasattr(self.pipe, "t5_length"):
+            self.pipe.t5_length = T5_LENGTHS[0]  # it is not asked
         teach_sides(self.pipe, texts, self.reader, steps, seed=self.args.seed)
         self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
 
@@ -227,11 +232,21 @@ class Halved:
             part.to(torch.float32)
 
 
-def _set_t5_length(pipe: LatentPipeline, generator: torch.Generator) -> None:
-    """Draws how many tokens T5 is padded to, for a pipeline that has one: short ones more often, they are cheaper."""
-    if hasattr(pipe, "t5_length"):
-        low, high = np.log2(T5_LENGTHS)
-        pipe.t5_length = round(2 ** (low + (high - low) * torch.rand((), generator=generator).item()))
+def _set_t5_length(pipe: LatentPipeline, generator: torch.Generator) -> bool:
+    """Draws how many tokens T5 is padded to, for a pipeline that has one; whether CLIP's tokens are padded too."""
+    if not hasattr(pipe, "t5_length"):
+        return True
+    low, high = np.log2(T5_LENGTHS)
+    padded = torch.rand((), generator=generator).item() >= SHORT_SHARE
+    longer = torch.rand((), generator=generator).item() if padded else 0.0
+    pipe.t5_length = round(2 ** (low + (high - low) * longer))
+    return padded
+
+
+def _without_padding(condition: Condition) -> Condition:
+    """CLIP's tokens in front of T5's cut to `CLIP_TOKENS`, which is more than any caption has."""
+    embeds = condition["prompt_embeds"]
+    return {**condition, "prompt_embeds": torch.cat([embeds[:, :CLIP_TOKENS], embeds[:, CLIP_PADDED:]], dim=1)}
 
 
 def state_file(out: Path) -> Path:

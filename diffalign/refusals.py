@@ -1,0 +1,45 @@
+"""Combinations that cannot be trained, each named with what would work, before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from diffalign.config import RunConfig
+from diffalign.methods.base import Method, Need
+
+SERVED = {Need.PAIRS, Need.REFERENCE}  # what the trainer can give a method
+
+
+def refuse(config: RunConfig, method: Method) -> None:
+    """Combinations that cannot work, named with what would, before anything is loaded."""
+    if unserved := method.needs - SERVED:
+        raise ValueError(f"method {config.method_name!r} needs {', '.join(sorted(n.value for n in unserved))}, "
+                         f"which this trainer does not give yet")  # fmt: skip
+    if Need.PAIRS in method.needs and "name" not in config.data:
+        raise ValueError(
+            f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
+        )
+    if Need.REFERENCE in method.needs and config.reference_name == "none":
+        raise ValueError(f"method {config.method_name!r} needs a reference: set reference: {{name: adapter_off}}, "
+                         f"or frozen_copy for train: full")  # fmt: skip
+    if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
+        raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
+    if config.rewards and not config.validation_prompts:
+        raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
+    if config.train == "full" and config.init_lora:
+        raise ValueError(
+            "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
+        )
+
+
+def refuse_graph(config: RunConfig, device: torch.device, processes: int) -> None:
+    """What a recorded step cannot hold."""
+    reasons = {
+        "a CUDA device": device.type != "cuda",
+        "one process": processes > 1,
+        "mixed_precision: bf16 or no": config.mixed_precision == "fp16",
+        "gradient_checkpointing: false": bool(config.gradient_checkpointing),
+        "lora.dropout: 0": config.lora.dropout > 0,
+    }
+    if config.cuda_graph and (missing := [what for what, absent in reasons.items() if absent]):
+        raise ValueError(f"cuda_graph: true needs {' and '.join(missing)}; leave it out here")

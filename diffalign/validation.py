@@ -1,0 +1,105 @@
+"""What a run is asked besides training: the step-0 identity, held-out pairs, pictures of fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from diffalign.cache import Cache
+from diffalign.config import RunConfig
+from diffalign.distributed import gathered_rows, in_turns, own_rows
+from diffalign.generation import sample_latents
+from diffalign.methods.base import Method, Need, PairBatch, Run
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.rewards import load_rewards
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.sampling import draw
+from diffalign.tracking import Averages, grid
+
+log = logging.getLogger("diffalign")
+
+DrawSamples = Callable[[LatentPipeline, Path], dict[str, float]]
+
+
+def check_identity(config: RunConfig, method: Method, run: Run, batch: PairBatch) -> None:
+    """Policy and reference are the same weights before the first step: they must say the same, to the bit in fp32.
+
+    Compiled they are two programs, which round differently. Skipped, and said so, with `init_lora` or another reference
+    than the same weights.
+
+    Raises:
+        RuntimeError: by how much they differ, and the usual causes.
+    """
+    if run.reference is None or Need.REFERENCE not in method.needs:
+        return
+    if config.init_lora and config.reference_name == "adapter_off":
+        log.info("step-0 identity not checked: init_lora starts away from the reference")
+        return
+    with torch.no_grad():
+        noised = method.prepare(run, batch)[0]
+        theirs = run.reference(noised.x_t, noised.t, noised.condition)
+    ours = run.policy(noised.x_t, noised.t, noised.condition).detach()
+    difference = (ours - theirs).square().mean().sqrt().item()
+    scale = theirs.square().mean().sqrt().item()
+    allowed = scale * (1e-2 if config.mixed_precision != "no" else 1e-5 if config.compile else 0.0)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"step-0 identity: policy and reference are the same weights and must agree, but their outputs differ by "
+            f"{difference:.3g} rms (outputs {scale:.3g} rms, allowed {allowed:.3g}). Usual causes: dropout in the "
+            f"policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
+        )
+    log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
+
+
+def held_out_metrics(
+    method: Method, run_of: Callable[[int], Run], batches: Iterable[PairBatch], accelerator: Accelerator
+) -> dict[str, float]:
+    """`validation/...` means of the loss and its metrics over held-out batches, which the ranks deal out.
+
+    `run_of(number)` is the run of one batch: its noise follows from the number, so it is the same at every validation.
+    """
+    averages = Averages()
+    for number, batch, counts in in_turns(batches, accelerator):
+        run = run_of(number)
+        for noised in method.prepare(run, batch):
+            loss = method.loss(run, noised)
+            if counts:
+                averages.add({"loss": loss.value, **loss.metrics}, loss.time)
+    return {f"validation/{name}": value for name, value in averages.pop(gather_object).items()}
+
+
+def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:
+    """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
+
+    Every rank draws and scores its share, so all must call it. It returns the mean of each of the config's rewards. It
+    keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
+    """
+    count = len(config.validation_prompts)
+    if not count:
+        return lambda trained, path: {}
+    rows = own_rows(count, accelerator)
+    prompts = [config.validation_prompts[row] for row in rows]
+    rewards = load_rewards(config.rewards) if config.rewards else None
+    decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
+    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
+    condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
+
+    def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
+        latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
+        pixels = decoder(latents).clamp(0, 1).cpu()
+        levels = gathered_rows(rows, (pixels * 255).round().byte(), count)
+        if accelerator.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            grid(levels / 255, columns=min(8, count)).save(path)
+        if rewards is None:
+            return {}
+        rewards(to_pictures(pixels), prompts)
+        scores = {name: gathered_rows(rows, score, count) for name, score in rewards.terms.items()}
+        return {f"validation/reward/{name}": score.mean().item() for name, score in scores.items()}
+
+    return draw_samples
