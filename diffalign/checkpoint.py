@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,14 @@ def _is_complete(path: Path) -> bool:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else -1
+
+
+@contextmanager
+def until_sigterm() -> Iterator[list[int]]:
+    """A list that is empty until a SIGTERM arrives; the old handler comes back at the end."""
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -109,6 +109,7 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
         device=default_device("cpu" if resolved.cpu else None),
         revision=resolved.revision,
         variant=resolved.variant,
+        attention=resolved.attention,
     )
     everything = [*pairs.train, *pairs.validation]
     counts = {"prompts": 0, "pairs": 0}
@@ -118,7 +119,8 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
         log.info("cache: %s %d of %d", what, done, total)
 
     cache = Cache(Path(resolved.cache_dir), pipe)
-    cache.fill(pipe, everything, ["", *resolved.validation_prompts], resolved.validation_batch_size, progress)
+    with preferring(resolved.attention):
+        cache.fill(pipe, everything, ["", *resolved.validation_prompts], resolved.validation_batch_size, progress)
     data = {"cache_dir": resolved.cache_dir, "pairs": len(everything),
             "computed_prompts": counts["prompts"], "computed_pairs": counts["pairs"]}  # fmt: skip
     text = (f"{resolved.cache_dir}: {len(everything)} pairs, of which {counts['pairs']} were new; "
@@ -149,7 +151,7 @@ def draw_pictures(
         {"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("drawing", len(rows)) as advance:
+    with progress_bar("drawing", len(rows)) as advance, preferring(attention):
         for start in range(0, len(rows), sampling.batch_size):
             some = rows[start : start + sampling.batch_size]
             pixels = generate(

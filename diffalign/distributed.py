@@ -143,6 +143,14 @@ def step_unless(optimizer: Any, parameters: Sequence[Tensor], skip: Tensor) -> N
     optimizer.step()
 
 
+def any_rank(accelerator: Accelerator, flag: Tensor) -> Tensor:
+    """1.0 on every rank where the flag is true on any, else 0.0; stays on the device."""
+    number = flag.float()
+    if accelerator.num_processes > 1:
+        number = accelerator.reduce(number, "sum").clamp(max=1)
+    return number
+
+
 def shard(accelerator: Accelerator, config: RunConfig, network: Any) -> None:
     """Deals out the weights over all ranks, in place: gathered block by block, freed again after each.
 

@@ -27,6 +27,7 @@ from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
 from diffalign.methods.base import Method
 from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
@@ -195,7 +196,8 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
     with accelerator.main_process_first():
         cache = Cache(Path(config.cache_dir), pipe)
         if accelerator.is_main_process:
-            cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
+            with preferring(config.attention):
+                cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
     told = pipe.frame_condition if config.micro_conditioning == "data" else None
     return Batches(
         cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed, told

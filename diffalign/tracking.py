@@ -104,10 +104,23 @@ class SkippedSteps:
         row = (row + skipped) * skipped
         self._counts = torch.stack([total + skipped, row, torch.maximum(longest, row)])
 
-    def read(self) -> Skips:
-        counts = Skips(*(int(count) for count in self._counts.tolist()))
+    def read(self, step: int, limit: int) -> Skips:
+        """Warns where steps were skipped since the last look.
+
+        Raises:
+            RuntimeError: `limit` steps in a row were skipped.
+        """
+        before, counts = self.total, Skips(*(int(count) for count in self._counts.tolist()))
         self.total, self.row = counts.total, counts.row
         self._counts[2] = 0
+        if counts.total > before:
+            log.warning("step %d: the loss is not finite, step skipped (%d in all, %d in a row)",
+                        step, counts.total, counts.row)  # fmt: skip
+        if counts.longest >= limit:
+            raise RuntimeError(
+                f"the loss was not finite for {counts.longest} steps in a row, stopped at step {step}; its checkpoints "
+                f"are kept. Start again with a lower learning_rate, a higher method.beta, or mixed_precision: bf16"
+            )
         return counts
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from diffalign.config import RunConfig
 from diffalign.console import progress_bar
 from diffalign.distributed import (
     announce,
+    any_rank,
     clip,
     exchange,
     placed_like,
@@ -34,6 +33,7 @@ from diffalign.distributed import (
     step_unless,
     whole,
 )
+from diffalign.ema import Ema
 from diffalign.graphs import graphed
 from diffalign.methods.base import Method, Noised, PairBatch, Run
 from diffalign.pipelines.base import LatentPipeline
@@ -86,8 +86,9 @@ class Trainer:
             self.accelerator, self.config, self.pipe.network, self.reference, partial(adamw, config=self.config)
         )
         self.wrapper, self.policy = wrapped.network, wrapped.predict
-        self.parameters = [p for _, p in self._named()]
-        self.ema = {n: p.detach().clone() for n, p in self._named()} if self.config.ema_decay else {}
+        self.trained = {name: p for name, p in self.pipe.network.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
+        self.ema = Ema(self.trained, self.config.ema_decay)
         self.step = 0
         self.averages, self.alarm = Averages(), DisplacementAlarm()
         self.skipped, self.pace = SkippedSteps(self.accelerator.device), Pace()
@@ -105,7 +106,7 @@ class Trainer:
             self._validate()
         stopping, last = False, self.config.max_train_steps
         bar = progress_bar("training", last, done=self.step, hidden=not self._main)
-        with _until_sigterm() as received, bar as advance:
+        with ckpt.until_sigterm() as received, bar as advance:
             while self.step < last and not stopping:
                 self._train_step()
                 advance(1, self._shown())
@@ -129,11 +130,11 @@ class Trainer:
         norm = clip(self.accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         # with fp16 gradients overflow while the scaler looks for its scale, and it skips those steps itself
         judged = finite if self.accelerator.scaler else [*finite, norm.isfinite()]
-        skip = self._any_rank(~torch.stack(judged).all())
+        skip = any_rank(self.accelerator, ~torch.stack(judged).all())
         step_unless(self.optimizer, self.parameters, skip)
         self.optimizer.zero_grad(set_to_none=not config.cuda_graph)  # a recording writes where it wrote before
-        self._update_ema()
         self.step += 1
+        self.ema.update(self.step)
         self.skipped.update(skip)
         self.averages.add({"grad_norm": norm[None]})
 
@@ -189,22 +190,7 @@ class Trainer:
         for metrics in self.averages.read():
             if "d_w" in metrics:
                 self.alarm.update(metrics["d_w"].mean().item())
-        before, counts = self.skipped.total, self.skipped.read()
-        if counts.total > before:
-            log.warning("step %d: the loss is not finite, step skipped (%d in all, %d in a row)",
-                        self.step, counts.total, counts.row)  # fmt: skip
-        if counts.longest >= self.config.max_nonfinite_steps:
-            raise RuntimeError(
-                f"the loss was not finite for {counts.longest} steps in a row, stopped at step {self.step}; the last "
-                f"checkpoint is in {self.folder}. Lower learning_rate, raise method.beta, or use mixed_precision: bf16"
-            )
-
-    def _update_ema(self) -> None:
-        if self.config.ema_decay:
-            done = self.step + 1
-            decay = min(self.config.ema_decay, (1 + done) / (10 + done))
-            trained = [parameter.detach() for _, parameter in self._named()]
-            torch._foreach_lerp_(list(self.ema.values()), trained, 1 - decay)
+        self.skipped.read(self.step, self.config.max_nonfinite_steps)
 
     def _after_step(self, last: bool) -> None:
         config = self.config
@@ -241,7 +227,7 @@ class Trainer:
             # the module, not its DDP wrapper: without gradient there is nothing to exchange
             return self._run(self.pipe.predict, mix(seed, 0, number, 0))
 
-        with self._averaged(), self.accelerator.autocast(), torch.no_grad():
+        with self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
             values = held_out_metrics(self.method, run_of, batches, self.accelerator)
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
 
@@ -254,7 +240,8 @@ class Trainer:
         self.metrics_file.write(self.step, values)
 
     def _save_checkpoint(self) -> None:
-        trainable, ema, optimizer = whole([dict(self._named()), self.ema, self.optimizer.state_dict()], self._main)
+        kept = [self.trained, self.ema.values, self.optimizer.state_dict()]
+        trainable, ema, optimizer = whole(kept, self._main)
         if self._main:
             ckpt.save_checkpoint(
                 self.folder,
@@ -271,11 +258,10 @@ class Trainer:
         manifest = ckpt.read_manifest(folder)
         trainable = ckpt.load_tensors(folder, "trainable")
         with torch.no_grad():
-            for name, parameter in self._named():
+            for name, parameter in self.trained.items():
                 parameter.copy_(placed_like(trainable[name], parameter))
-        if self.ema:
-            averaged = ckpt.load_tensors(folder, "ema")
-            self.ema = {name: placed_like(averaged[name], parameter) for name, parameter in self._named()}
+        if self.ema.values:
+            self.ema.restore(ckpt.load_tensors(folder, "ema"))
         self.optimizer.load_state_dict(placed_optimizer(ckpt.load_optimizer(folder), self.parameters))
         counters = manifest["counters"]
         self.step, self.pace = manifest["step"], Pace(manifest["step"])
@@ -285,7 +271,7 @@ class Trainer:
 
     def _save_result(self) -> None:
         """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
-        with self._averaged():
+        with self.ema.in_place():
             facts = facts_of(self.config, self.data, self.step)
             save_result(self.pipe, self.config, self.folder, facts, main=self._main)
         self.accelerator.wait_for_everyone()
@@ -295,9 +281,6 @@ class Trainer:
     @property
     def _main(self) -> bool:
         return self.accelerator.is_main_process
-
-    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((n, p) for n, p in self.pipe.network.named_parameters() if p.requires_grad)
 
     @property
     def _reading_is_free(self) -> bool:
@@ -310,40 +293,8 @@ class Trainer:
             return bool(received)
         if not self._reading_is_free and self.step % self.config.logging_steps:
             return False
-        return bool(self._any_rank(torch.tensor(bool(received), device=self.accelerator.device)))
-
-    def _any_rank(self, flag: Tensor) -> Tensor:
-        """1.0 on every rank where the flag is true on any, else 0.0; stays on the device."""
-        number = flag.float()
-        if self.accelerator.num_processes > 1:
-            number = self.accelerator.reduce(number, "sum").clamp(max=1)
-        return number
+        return bool(any_rank(self.accelerator, torch.tensor(bool(received), device=self.accelerator.device)))
 
     def _shown(self) -> str:
         """Beside the progress bar."""
         return "  ".join(f"{k} {self.last[k]:.3g}" for k in ("loss", "accuracy", "pairs_per_second") if k in self.last)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones, if they are kept."""
-        kept = {name: p.detach().clone() for name, p in self._named()} if self.ema else {}
-        with torch.no_grad():
-            for name, parameter in self._named() if self.ema else ():
-                parameter.copy_(self.ema[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self._named() if self.ema else ():
-                    parameter.copy_(kept[name])
-
-
-@contextmanager
-def _until_sigterm() -> Iterator[list[int]]:
-    """A list that is empty until a SIGTERM arrives; the old handler comes back at the end."""
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -15,6 +15,7 @@ from diffalign.config import RunConfig
 from diffalign.distributed import gathered_rows, in_turns, own_rows
 from diffalign.generation import sample_latents
 from diffalign.methods.base import Method, Need, PairBatch, Run
+from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
@@ -98,7 +99,8 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
             grid(levels / 255, columns=min(8, count)).save(path)
         if rewards is None:
             return {}
-        rewards(to_pictures(pixels), prompts)
+        with preferring(config.attention):
+            rewards(to_pictures(pixels), prompts)
         scores = {name: gathered_rows(rows, score, count) for name, score in rewards.terms.items()}
         return {f"validation/reward/{name}": score.mean().item() for name, score in scores.items()}
 

@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffalign.table import unknown
+
 Attend = Callable[..., Tensor]  # the signature of torch.nn.functional.scaled_dot_product_attention
 Around = contextlib.AbstractContextManager[Any]
 
@@ -73,7 +75,7 @@ def require(backend: str, device: torch.device, dtype: torch.dtype) -> None:
         ValueError: unknown, or it does not run here; names those that do.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise unknown("attention", backend, BACKENDS)
     if reason := _why_not(backend, device, dtype):
         there = ", ".join(name for name in BACKENDS if not _why_not(name, device, dtype))
         raise ValueError(f"attention: {backend} does not run on this {device.type} in {_short(dtype)} ({reason}); "
@@ -133,11 +135,13 @@ def using(backend: str) -> Around:
 
 
 def preferring(backend: str) -> Around:
-    """As `using`, for networks without processors, such as rewards: what the backend cannot do, torch chooses for.
+    """As `using`, for networks without processors: text encoders and rewards. Torch does what the backend cannot.
 
     A text encoder's mask is such a thing. Gradient checkpointing runs blocks again outside of this block: a network
     that is trained so takes `set_attention`.
     """
+    if backend == "math":  # can do all; asked to prefer it, a CPU takes another one
+        return using(backend)
     if backend in TORCH_KERNELS:
         others = [kernel for name, kernel in TORCH_KERNELS.items() if name != backend]
         return sdpa_kernel([TORCH_KERNELS[backend], *others], set_priority=True)

@@ -1,6 +1,7 @@
 """The command line: what goes to stdout and stderr, exit codes, and that help loads no torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffalign import arguments, cli, console
+from diffalign.pipelines.attention import counted_kernels
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
          ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
@@ -265,6 +267,36 @@ def test_evaluate_reports_and_keeps_its_pictures(run: Run, tmp_path: Path) -> No
     assert answer.code == 0, answer.err
     assert "shapes" in answer.out and (tmp_path / "report" / "base" / "00001.png").is_file()
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["draws"] == 2
+
+
+CLIP = f"clip={Path(__file__).parent.parent / 'assets' / 'tiny-clip'}"
+ATTENDING = {
+    "generate": ("generate", "--prompt", "a red circle", "--steps", 1),
+    "score": ("score", "pictures", "--prompt", "a red circle", "--reward", "clip", "--weights", CLIP),
+    "evaluate": ("evaluate", "--prompt", "a red circle", "--steps", 1, "--reward", "clip", "--weights", CLIP),
+}
+
+
+@pytest.mark.parametrize("words", ATTENDING.values(), ids=ATTENDING)
+def test_the_attention_that_is_asked_for_is_the_one_that_runs(
+    run: Run, pictures: Path, words: tuple[object, ...]
+) -> None:
+    for backend in ("math", "flash"):
+        shutil.rmtree("runs", ignore_errors=True)
+        with counted_kernels() as kernels:
+            answer = run(*words, "--attention", backend)
+        assert answer.code == 0, answer.err
+        assert set(kernels) == {backend} and kernels[backend] > 2
+
+
+@pytest.mark.parametrize("words", ATTENDING.values(), ids=ATTENDING)
+def test_an_attention_that_is_not_there_is_refused_with_what_is(
+    run: Run, pictures: Path, words: tuple[object, ...]
+) -> None:
+    for backend, said in (("cudnn", "what does: auto, flash, math"), ("flahs", "did you mean 'flash'?")):
+        answer = run(*words, "--attention", backend)
+        assert answer.code == 2 and answer.out == "" and "Traceback" not in answer.err
+        assert said in answer.err.splitlines()[-1]
 
 
 def test_export_writes_beside_the_lora_and_refuses_what_is_none(run: Run, tmp_path: Path):

@@ -227,9 +227,9 @@ def test_skips_count_in_all_in_a_row_and_the_longest_row() -> None:
     skips = SkippedSteps(torch.device("cpu"), total=1, row=1)
     for flag in (1, 1, 0, 1):
         skips.update(torch.tensor(float(flag)))
-    assert skips.read() == (4, 1, 3)
+    assert skips.read(0, limit=9) == (4, 1, 3)
     skips.update(torch.tensor(1.0))
-    assert skips.read() == (5, 2, 2)
+    assert skips.read(0, limit=9) == (5, 2, 2)
 
 
 def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(tmp_path: Path) -> None:
@@ -239,12 +239,12 @@ def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(tmp_path: Path
     sound = run.method
     run.method = dataclasses.replace(sound, beta=float("nan"))
     run._train_step()
-    assert run.skipped.read() == (1, 1, 1)
+    assert run.skipped.read(0, limit=9) == (1, 1, 1)
     after = (run.optimizer.state_dict()["state"], [p.detach() for p in run.parameters])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     run.method = sound
     run._train_step()
-    assert run.skipped.read() == (1, 0, 0)
+    assert run.skipped.read(0, limit=9) == (1, 0, 0)
     assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before[1], strict=True))
 
 
@@ -252,7 +252,7 @@ def test_gradients_that_overflow_are_a_skipped_step(tmp_path: Path, monkeypatch:
     run = Trainer(prepare_run(config(tmp_path), ()))
     monkeypatch.setattr(trainer_module, "clip", lambda *_: torch.tensor(float("inf")))
     run._train_step()
-    assert run.skipped.read() == (1, 1, 1)
+    assert run.skipped.read(0, limit=9) == (1, 1, 1)
 
 
 def test_fp16_finds_its_loss_scale_without_counting_skipped_steps(
@@ -272,7 +272,7 @@ def test_fp16_finds_its_loss_scale_without_counting_skipped_steps(
     for _ in range(40):
         run._train_step()
     assert run.accelerator.scaler.get_scale() < 2.0**40
-    assert run.skipped.read() == (0, 0, 0)
+    assert run.skipped.read(0, limit=9) == (0, 0, 0)
     assert all(p.isfinite().all() for p in run.parameters)
     assert any(not torch.equal(p, old) for p, old in zip(run.parameters, before, strict=True))
 
