@@ -23,6 +23,7 @@ from diffalign.methods.base import Noised, PairBatch, Run, reference_errors
 from diffalign.methods.dpo import DPO
 from diffalign.pipelines.attention import require, set_attention
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.fused_lora import fuse_lora_layers
 from diffalign.pipelines.lora import attach_lora, without_adapters
 from diffalign.sampling import Condition
@@ -102,6 +103,7 @@ class Step(ABC):
 
     def __init__(self, subject: Subject, optimizer: torch.optim.Optimizer, checkpointing: bool) -> None:
         self.subject, self.optimizer, self.checkpointing = subject, optimizer, checkpointing
+        self.compiled: dict[str, Any] = {}  # module -> what torch.compile made of it
 
     def enter(self) -> None:
         """Sets the network up as this variant wants it; before a step, and not part of its time."""
@@ -110,6 +112,8 @@ class Step(ABC):
             network.enable_gradient_checkpointing()
         else:
             network.disable_gradient_checkpointing()
+        for name, module in network.named_modules():
+            module._compiled_call_impl = self.compiled.get(name)
         self.equip(network)
 
     @abstractmethod
@@ -133,6 +137,7 @@ class Ours(Step):
     Args:
         cached_reference: the reference's errors are computed once per seed and then looked up.
         attention: a row of `diffalign.pipelines.attention.BACKENDS`.
+        compiled: as with `compile: true`; the other variants on this network are not affected.
 
     Raises:
         ValueError: an attention backend that does not run here.
@@ -145,8 +150,12 @@ class Ours(Step):
         checkpointing: bool = False,
         cached_reference: bool = False,
         attention: str = "auto",
+        compiled: bool = False,
     ) -> None:
         super().__init__(subject, adamw(subject.parameters, subject.config), checkpointing)
+        if compiled:
+            compile_blocks(subject.pipe.network)
+            self.compiled = {n: m._compiled_call_impl for n, m in subject.pipe.network.named_modules()}
         require(attention, subject.device, subject.dtype)
         self.cached, self.method, self.attention = cached, DPO(beta=BETA), attention
         self.reference = without_adapters(subject.pipe)

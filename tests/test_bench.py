@@ -15,6 +15,7 @@ from benchmarks.models import CLIP_BIG_G, CLIP_L, pair_flops, sd3_medium, sd3_mi
 from benchmarks.plain import cached_from, plain, random_raw
 from benchmarks.steps import Ours, Recorded, build_subject, gradients, random_cached
 from diffalign.pipelines.attention import Routed
+from diffalign.pipelines.compiling import compiled
 from diffalign.pipelines.fused_lora import FusedLinear
 
 HOW = "if it is meant, run `python -m benchmarks.dpo_step --update-counts` and commit benchmarks/op_counts.json"
@@ -89,6 +90,18 @@ def test_the_recorded_step_does_what_ours_does(build):
             step(seed)
         steps.append([p.detach() for p in subject.parameters])
     torch.testing.assert_close(*steps, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_finds_the_same_and_leaves_the_other_variants_as_they_are(one_thread):
+    subject = build_subject(sdxl_mini(), torch.device("cpu"), torch.float32, rank=2)
+    cached = random_cached(subject.model, 2, subject.device)
+    ours, fast = Ours(subject, cached), Ours(subject, cached, compiled=True)
+    wanted, direction = gradients(ours, seed=3)
+    loss, vector = gradients(fast, seed=3)
+    assert compiled(subject.pipe.network) and loss == pytest.approx(wanted, rel=dpo_step.COMPILED_TOLERANCE)
+    assert (vector - direction).norm() <= dpo_step.COMPILED_TOLERANCE * direction.norm()
+    assert gradients(ours, seed=3)[0] == wanted and not compiled(subject.pipe.network)
 
 
 def test_the_plain_step_runs_stock_layers_and_ours_its_own():
