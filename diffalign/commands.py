@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -267,16 +268,27 @@ def list_rewards() -> Result:
     data = {
         name: {
             "class": REWARDS[name],
-            "differentiable": kind.differentiable,
-            "licence": kind.licence,
+            **asdict(kind.card),
+            "range": [bound if math.isfinite(bound) else None for bound in kind.card.range],
             "about": _first_line(kind),
         }
         for name, kind in classes.items()
     }
     rows = [
-        (name, "yes" if row["differentiable"] else "no", row["licence"], row["about"]) for name, row in data.items()
+        (
+            name,
+            kind.card.unit,
+            "yes" if kind.card.differentiable else "no",
+            str(kind.card.side or ""),
+            "yes" if kind.card.across_prompts else "no",
+            kind.card.checked,
+            kind.card.weights,
+            _first_line(kind),
+        )
+        for name, kind in classes.items()
     ]
-    return Result(data, header=("reward", "gradient", "licence", "about"), rows=rows)
+    header = ("reward", "unit", "gradient", "side", "across prompts", "checked against", "licence of weights", "about")
+    return Result(data, header=header, rows=rows)
 
 
 def write_text(path: Path, text: str) -> None:

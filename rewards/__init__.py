@@ -11,6 +11,9 @@ from diffalign.table import build, coerce
 
 REWARDS: dict[str, str] = {
     "clip": "diffalign.rewards.clip:CLIPScore",
+    "hpsv2": "diffalign.rewards.hps:HPSv2",
+    "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
 }
 

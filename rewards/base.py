@@ -7,7 +7,8 @@ Float tensors are scored by the differentiable recipe: the number whose gradient
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,28 +24,46 @@ ScorePixels = Callable[[Tensor, Sequence[str]], Tensor]
 ROUNDING = 1e-4  # how far above 1 or below 0 a pixel may be before it counts as a wrong range
 
 
+CHECKED = ("official code, small weights", "published number", "formula only")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reward says of itself, on its class, so that it can be listed without any weights.
+
+    Args:
+        unit: what a score is measured in, as the paper has it.
+        range: bounds that no score leaves; infinite where there is none.
+        source: where weights or rule come from: hub id and file, or paper.
+        code: licence of the code that the port follows.
+        weights: licence of the weights; "none" for a rule.
+        differentiable: whether float pixels get a gradient.
+        side: pixels of the square that the network reads; None for a reward without one.
+        across_prompts: whether scores of pictures of different prompts may be compared.
+        checked: a row of `CHECKED`, what the port was compared with.
+    """
+
+    unit: str
+    range: tuple[float, float]
+    source: str
+    code: str
+    weights: str
+    differentiable: bool
+    side: int | None
+    across_prompts: bool
+    checked: str
+
+
 class Reward(Protocol):
-    """Scores pictures against their prompts; higher is better, on the scale of the paper that it comes from."""
+    """Scores pictures against their prompts; higher is better, in the unit of the paper that it comes from."""
 
     @property
     def name(self) -> str:
         """Its key in `diffalign.rewards.REWARDS`."""
 
     @property
-    def differentiable(self) -> bool:
-        """Whether float pixels get a gradient."""
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The lowest and the highest score that can occur; infinite where there is no bound."""
-
-    @property
-    def licence(self) -> str:
-        """That of the weights, or of the code where there are none."""
-
-    @property
-    def source(self) -> str:
-        """Where the weights or the rule come from."""
+    def card(self) -> Card:
+        """What it is; an object's own may be more precise than its class's."""
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B], fp32, on the device of the pixels (CPU for PIL).
@@ -177,10 +196,17 @@ class Weighted:
         self.weights = {name: _finite(name, weight) for name, (_, weight) in rewards.items()}
         self.terms: dict[str, Tensor] = {}
         optimized = [reward for name, reward in self.rewards.items() if self.weights[name]]
-        self.differentiable = bool(optimized) and all(reward.differentiable for reward in optimized)
-        self.range = self._range()
-        self.licence = "; ".join(dict.fromkeys(reward.licence for reward in self.rewards.values()))
-        self.source = "; ".join(dict.fromkeys(reward.source for reward in self.rewards.values()))
+        self.card = Card(
+            unit="weighted sum",
+            range=self._range(),
+            source=_joined(reward.card.source for reward in self.rewards.values()),
+            code=_joined(reward.card.code for reward in self.rewards.values()),
+            weights=_joined(reward.card.weights for reward in self.rewards.values()),
+            differentiable=bool(optimized) and all(reward.card.differentiable for reward in optimized),
+            side=None,
+            across_prompts=all(reward.card.across_prompts for reward in optimized),
+            checked="formula only",
+        )
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """sum_k w_k r_k, [B]; see `Reward.__call__`."""
@@ -196,11 +222,15 @@ class Weighted:
 
     def _range(self) -> tuple[float, float]:
         bounds = [
-            sorted(self.weights[name] * bound for bound in reward.range)
+            sorted(self.weights[name] * bound for bound in reward.card.range)
             for name, reward in self.rewards.items()
             if self.weights[name]  # 0 times infinity is not a number
         ]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)
+
+
+def _joined(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))
 
 
 def _finite(name: str, weight: float) -> float:

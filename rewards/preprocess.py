@@ -65,6 +65,18 @@ def square_recipe(size: int, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -
     return Recipe(square_picture, square_pixels, size, mean, std)
 
 
+def letterbox_recipe(size: int, antialias: bool = True, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -> Recipe:
+    """HPSv2: float pixels, bicubic to a long side of `size`, centered on black. Exact and differentiable are one.
+
+    `antialias=False` is what torchvision did before 0.17.
+    """
+
+    def pixels(x: Tensor, side: int) -> Tensor:
+        return letterbox_pixels(x, side, antialias)
+
+    return Recipe(lambda picture, side: pixels(_tensor(to_rgb(picture))[None], side)[0], pixels, size, mean, std)
+
+
 def hf_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 1]; equal to the last bit to transformers' PIL processor before its normalization."""
     resized = to_rgb(picture).resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
@@ -100,6 +112,18 @@ def openai_pixels(pixels: Tensor, size: int) -> Tensor:
 def square_pixels(pixels: Tensor, size: int) -> Tensor:
     """The differentiable twin of `square_picture` for [B, 3, H, W]."""
     return resize(pixels, size, size)
+
+
+def letterbox_pixels(pixels: Tensor, size: int, antialias: bool = True) -> Tensor:
+    """[B, 3, size, size] of [B, 3, H, W]: nothing is cropped; the overshoot of bicubic is kept, as published."""
+    height, width = pixels.shape[-2:]
+    scale = size / max(height, width)
+    new = round(height * scale), round(width * scale)
+    if new != (height, width):
+        pixels = F.interpolate(pixels, size=new, mode="bicubic", align_corners=False, antialias=antialias)
+    rest = [size - side for side in (new[1], new[0])]
+    left, top = (side // 2 for side in rest)
+    return F.pad(pixels, (left, rest[0] - left, top, rest[1] - top))
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Images, dispatch
+from diffalign.rewards.base import Card, Images, dispatch
 from diffalign.shapes.verify import verify
 
 MODES = ("pass", "score")
@@ -26,10 +26,17 @@ class Shapes:
     """
 
     name: ClassVar[str] = "shapes"
-    differentiable: ClassVar[bool] = False
-    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    licence: ClassVar[str] = "Apache-2.0"
-    source: ClassVar[str] = "diffalign.shapes.verify (a rule, no weights)"
+    card: ClassVar[Card] = Card(
+        unit="1 or 0",
+        range=(0.0, 1.0),
+        source="diffalign/shapes/verify.py",
+        code="Apache-2.0",
+        weights="none",
+        differentiable=False,
+        side=None,
+        across_prompts=True,
+        checked="formula only",
+    )
 
     def __init__(self, mode: str = "pass") -> None:
         if mode not in MODES:

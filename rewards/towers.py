@@ -21,6 +21,8 @@ from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Recipe, hf_recipe,
 OPEN_CLIP = "open_clip:"
 SHIPPED = ("tiny-clip",)  # folders of diffalign.assets
 BICUBIC = 3  # PIL's number for it, as preprocessor_config.json writes it
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNUSED = ("position_ids",)  # ends of keys that old checkpoints hold and nothing reads
 OPEN_CLIP_RECIPES = {"shortest": openai_recipe, "squash": square_recipe}
 
 
@@ -37,25 +39,49 @@ class Tower(Protocol):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """[B, D], not normalized; prompts are cut where the encoder stops reading."""
 
+    @property
+    def scale(self) -> float:
+        """exp(logit_scale) of the checkpoint, about 100 for every released CLIP."""
+
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the encoder reads only a part."""
 
 
-def load_tower(model: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Tower:
+def dtype_named(name: str) -> torch.dtype:
+    """
+    Raises:
+        ValueError: none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def load_tower(
+    model: str,
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: str = "float32",
+    reward: str = "clip",
+) -> Tower:
     """A CLIP checkpoint by name.
 
     Args:
         model: a folder or hub id of a transformers CLIPModel, "tiny-clip", or "open_clip:ARCHITECTURE/TAG".
         weights: a local copy instead: the checkpoint's folder, or for open_clip its file.
+        dtype: of the weights: float32, bfloat16 or float16.
+        reward: for messages.
 
     Raises:
         ValueError: not to be had, or not a CLIP; the message says what to do.
     """
+    kind = dtype_named(dtype)
     if weights is not None and not Path(weights).exists():
         raise ValueError(f"weights of {model}: expected a local file or folder, found nothing at {weights}")
     if model.startswith(OPEN_CLIP):
-        return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device)
-    return _load_transformers(model, str(weights or _locate(model)), device)
+        return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device, kind)
+    return _load_transformers(model, str(weights or _locate(model)), device, kind, reward)
 
 
 @dataclass(frozen=True)
@@ -67,7 +93,8 @@ class TransformersTower:
     recipe: Recipe
 
     def image_features(self, x: Tensor) -> Tensor:
-        return _projected(self.model.get_image_features(pixel_values=x.to(self.model.device)))
+        x = x.to(self.model.device, self.model.dtype)
+        return _projected(self.model.get_image_features(pixel_values=x)).float()
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -76,7 +103,11 @@ class TransformersTower:
         ).to(self.model.device)
         return _projected(
             self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        )
+        ).float()
+
+    @property
+    def scale(self) -> float:
+        return float(self.model.logit_scale.exp())
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
@@ -97,14 +128,19 @@ class OpenCLIPTower:
     recipe: Recipe
 
     def image_features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_image(x.to(self._device))
-        return features
+        logit_scale = self.model.logit_scale  # the one parameter that every open_clip model has under this name
+        features: Tensor = self.model.encode_image(x.to(logit_scale.device, logit_scale.dtype))
+        return features.float()
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         ids = self.tokenizer(list(prompts), context_length=self._context)
-        features: Tensor = self.model.encode_text(ids.to(self._device))
-        return features
+        features: Tensor = self.model.encode_text(ids.to(self.model.logit_scale.device))
+        return features.float()
+
+    @property
+    def scale(self) -> float:
+        return float(self.model.logit_scale.exp())
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         # one column more than the encoder reads: only a prompt that is too long has anything but padding in it
@@ -114,10 +150,6 @@ class OpenCLIPTower:
     @property
     def _context(self) -> int:
         return int(self.model.context_length)
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(self.model.logit_scale.device)
 
 
 def _projected(output: Any) -> Tensor:
@@ -131,7 +163,9 @@ def _locate(model: str) -> str:
     return model
 
 
-def _load_transformers(model: str, folder: str, device: torch.device | str) -> TransformersTower:
+def _load_transformers(
+    model: str, folder: str, device: torch.device | str, dtype: torch.dtype, reward: str
+) -> TransformersTower:
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "clip":
@@ -140,23 +174,25 @@ def _load_transformers(model: str, folder: str, device: torch.device | str) -> T
         loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(_not_to_be_had(model, folder, error)) from error
+        raise ValueError(_not_to_be_had(model, folder, error, reward)) from error
     clip, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder}: the checkpoint lacks weights of a CLIPModel: {missing[:3]} ...")
+    if surplus := sorted(key for key in report["unexpected_keys"] if not key.endswith(UNUSED)):
+        raise ValueError(f"{folder}: the checkpoint has weights that a CLIPModel has not: {surplus[:3]} ...")
     recipe = _transformers_recipe(folder, clip.config.vision_config.image_size)
-    return TransformersTower(clip.requires_grad_(False).eval().to(device), tokenizer, recipe)
+    return TransformersTower(clip.requires_grad_(False).eval().to(device, dtype), tokenizer, recipe)
 
 
-def _not_to_be_had(model: str, folder: str, error: Exception) -> str:
+def _not_to_be_had(model: str, folder: str, error: Exception, reward: str) -> str:
     reason = str(error).strip().splitlines()[0]
     if Path(folder).exists():
         return (
             f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
         )
     return (
-        f"{model}: neither a folder here nor to be had from the hub ({reason}); with a network, run "
-        f"`hf download {model}` once, or give a local copy: weights=FOLDER, on the command line --weights clip=FOLDER"
+        f"{model}: neither a folder here nor to be had from the hub ({reason}); with a network, run `hf download "
+        f"{model}` once, or give a local copy: weights=FOLDER, on the command line --weights {reward}=FOLDER"
     )
 
 
@@ -182,7 +218,9 @@ def _side(settings: dict[str, Any], key: str, side: str) -> int | None:
     return value.get(side) if isinstance(value, dict) else value
 
 
-def _load_open_clip(name: str, weights: str | Path | None, device: torch.device | str) -> OpenCLIPTower:
+def _load_open_clip(
+    name: str, weights: str | Path | None, device: torch.device | str, dtype: torch.dtype
+) -> OpenCLIPTower:
     architecture, _, tag = name.partition("/")
     _check_open_clip_names(architecture, tag, weights)
     # tags trained with QuickGELU say so here; open_clip only warns when the architecture's name does not ask for it
@@ -194,7 +232,7 @@ def _load_open_clip(name: str, weights: str | Path | None, device: torch.device 
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(_open_clip_failed(name, weights, error)) from error
     tokenizer = open_clip.get_tokenizer(architecture)
-    return OpenCLIPTower(model.requires_grad_(False).eval(), tokenizer, _open_clip_recipe(model))
+    return OpenCLIPTower(model.requires_grad_(False).eval().to(dtype), tokenizer, _open_clip_recipe(model))
 
 
 def _open_clip_failed(name: str, weights: str | Path | None, error: Exception) -> str:

@@ -229,7 +229,7 @@ def test_the_shipped_prompts_are_found_by_name() -> None:
 
 def test_settings_reach_the_reward() -> None:
     rewards = arguments.read_rewards(["shapes=2"], [], ["shapes.mode=score"], "cpu")
-    assert rewards.weights == {"shapes": 2.0} and rewards.range == (0.0, 2.0)
+    assert rewards.weights == {"shapes": 2.0} and rewards.card.range == (0.0, 2.0)
     with pytest.raises(ValueError, match=r"shapes.mode: expected one of"):
         arguments.read_rewards(["shapes"], [], ["shapes.mode=other"], "cpu")
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from diffalign.rewards import REWARDS, load_reward, load_rewards
-from diffalign.rewards.base import Weighted, dispatch
+from diffalign.rewards.base import CHECKED, Card, Weighted, dispatch
 from diffalign.table import resolve
 
 
@@ -14,10 +16,7 @@ class Brightness:
     """100 times the mean of the pixels: exact on pictures, differentiable on floats."""
 
     name = "brightness"
-    differentiable = True
-    range = (0.0, 100.0)
-    licence = "none"
-    source = "tests"
+    card = Card("percent", (0.0, 100.0), "tests", "none", "none", True, None, True, CHECKED[-1])
 
     def __call__(self, images, prompts):
         return dispatch(self.name, images, prompts, exact=self._exact, differentiable=self._soft)
@@ -32,9 +31,7 @@ class Brightness:
 
 class PromptLength(Brightness):
     name = "length"
-    differentiable = False
-    range = (0.0, float("inf"))
-    licence = "other"
+    card = dataclasses.replace(Brightness.card, range=(0.0, float("inf")), weights="other", differentiable=False)
 
     def __call__(self, images, prompts):
         return dispatch(self.name, images, prompts, exact=self._exact, differentiable=None)
@@ -111,15 +108,15 @@ def test_weighted_is_the_weighted_sum_and_keeps_its_terms():
     torch.testing.assert_close(both(GRAY, PROMPTS), torch.tensor([-2.0, 6.0, 44.0]), atol=0.02, rtol=0)
     torch.testing.assert_close(both.terms["b"], torch.tensor([0.0, 20.0, 100.0]), atol=0.02, rtol=0)
     assert both.terms["l"].tolist() == [1, 2, 3]
-    assert both.range == (-float("inf"), 50.0)
-    assert both.licence == "none; other"
-    assert not both.differentiable
+    assert both.card.range == (-float("inf"), 50.0)
+    assert both.card.weights == "none; other"
+    assert not both.card.differentiable
 
 
 def test_a_weight_of_zero_only_logs():
     both = Weighted({"b": (Brightness(), 1.0), "l": (PromptLength(), 0)})
-    assert both.differentiable
-    assert both.range == (0.0, 100.0)
+    assert both.card.differentiable
+    assert both.card.range == (0.0, 100.0)
     pixels = torch.full((1, 3, 4, 4), 0.25, requires_grad=True)
     score = both(pixels, ["abc"])
     score.backward()
@@ -144,8 +141,9 @@ def test_weighted_refuses_nothing():
 def test_every_row_states_what_it_is(name):
     reward = resolve(REWARDS, name, "reward")
     assert reward.name == name
-    assert isinstance(reward.differentiable, bool)
-    assert reward.licence
+    card = reward.card
+    assert card.unit and card.source and card.code and card.weights and card.checked in CHECKED
+    assert card.range[0] < card.range[1]
     assert reward.__doc__
 
 

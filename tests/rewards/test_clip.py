@@ -107,7 +107,7 @@ def test_features_have_unit_length_and_make_the_score(reward, photographs, promp
 def test_scale_scales(clip_folder, reward, photographs, prompts):
     cosine = CLIPScore(str(clip_folder), scale=1)
     torch.testing.assert_close(100 * cosine(photographs, prompts), reward(photographs, prompts))
-    assert cosine.range == (-1.0, 1.0)
+    assert cosine.card.range == (-1.0, 1.0)
     with pytest.raises(ValueError, match="above 0"):
         CLIPScore(str(clip_folder), scale=0)
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_processor_gets_clips_own_settings(clip_folder, r
 
 def test_weights_stand_in_for_the_hub(clip_folder, reward, photographs, prompts):
     local = load_reward("clip", weights=str(clip_folder))
-    assert local.source == "openai/clip-vit-large-patch14"
+    assert local.card.source == "openai/clip-vit-large-patch14"
     assert torch.equal(local(photographs, prompts), reward(photographs, prompts))
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 
 from diffalign.generation import generate
+from diffalign.pipelines import SHIPPED as SHIPPED_MODELS
 from diffalign.pipelines import load_pipeline
 from diffalign.shapes.grammar import CATEGORIES, one_fact_changed, parse, sample_scenes, scenes
 from diffalign.shapes.render import render
@@ -45,58 +49,108 @@ def dtypes(folder: Path) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def tiny_sd(root: Path) -> Path:
-    return shipped(root, "tiny-sd", "train_sd")
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that ships: its size in MB, what computes, and between which shares of each kind it draws right.
+
+    Loose bounds: an untrained or a broken model is far below, and above there is nothing left to align.
+    """
+
+    megabytes: float
+    network: str
+    texts: tuple[str, ...]
+    right: dict[str, tuple[float, float]]
+
+
+SHIPPED = {
+    "tiny-sd": Model(6, "unet", ("text_encoder",), {"single": (0.75, 1.0), "two": (0.25, 0.75)}),
+    "tiny-sdxl": Model(7, "unet", ("text_encoder", "text_encoder_2"), {"single": (0.75, 1.0), "two": (0.25, 0.75)}),
+    "tiny-sd3": Model(
+        7,
+        "transformer",
+        ("text_encoder", "text_encoder_2", "text_encoder_3"),
+        {"single": (0.75, 1.0), "two": (0.25, 0.75)},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def stock(tiny_sd: Path):
-    from diffusers import StableDiffusionPipeline
+def folder(root: Path, name: str) -> Path:
+    return shipped(root, name, f"train --model {name}")
 
-    pipe = StableDiffusionPipeline.from_pretrained(str(tiny_sd))
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> Any:
+    """As a user without this project has it."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw_stock(pipe, prompts: list[str], seeds: list[int], **keywords) -> np.ndarray:
+def draw_stock(pipe: Any, prompts: list[str], seeds: list[int], **keywords: Any) -> np.ndarray:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(prompts, num_inference_steps=20, generator=generators, output_type="np", **keywords).images
 
 
-# --- tiny-sd
+# --- the pipelines
 
 
-def test_tiny_sd_is_small_and_each_part_has_its_type(tiny_sd):
-    assert size_of(tiny_sd) <= 6
-    assert dtypes(tiny_sd / "unet") == dtypes(tiny_sd / "vae") == {"F16"}
-    assert "F16" not in dtypes(tiny_sd / "text_encoder") and "F32" in dtypes(tiny_sd / "text_encoder")
+def test_the_list_is_complete(root: Path):
+    assert set(SHIPPED) == set(SHIPPED_MODELS)
+    assert set(SHIPPED) == {index.parent.name for index in (root / "assets").glob("*/model_index.json")}
 
 
-def test_the_stock_pipeline_loads_and_draws(stock):
-    assert {part.dtype for part in (stock.unet, stock.vae, stock.text_encoder)} == {torch.float32}
+def test_it_is_small_and_each_part_has_its_type(folder: Path, name: str):
+    model = SHIPPED[name]
+    assert size_of(folder) <= model.megabytes
+    assert dtypes(folder / model.network) == dtypes(folder / "vae") == {"F16"}
+    for part in model.texts:
+        assert "F16" not in dtypes(folder / part) and "F32" in dtypes(folder / part)
+
+
+def test_the_stock_pipeline_loads_in_fp32_and_draws(stock: Any, name: str):
+    model = SHIPPED[name]
+    assert {getattr(stock, part).dtype for part in (model.network, "vae", *model.texts)} == {torch.float32}
     (picture,) = draw_stock(stock, ["a red circle"], [0])
     assert picture.shape == (64, 64, 3) and picture.std() > 0.02
 
 
-def test_each_word_of_the_grammar_is_one_token(stock):
+def test_each_word_of_the_grammar_is_one_token(stock: Any):
     longest = max((str(s) for c in CATEGORIES for s in scenes("train", c)), key=lambda text: len(text.split()))
-    ids = stock.tokenizer(longest).input_ids
-    assert len(ids) == len(longest.split()) + 2
-    assert stock.tokenizer.decode(ids, skip_special_tokens=True).strip() == longest
+    words = len(longest.split())
+    for part, framing in (("tokenizer", 2), ("tokenizer_2", 2), ("tokenizer_3", 1)):
+        tokenizer = getattr(stock, part, None)
+        if tokenizer is not None:
+            ids = tokenizer(longest).input_ids
+            assert len(ids) == words + framing
+            assert tokenizer.decode(ids, skip_special_tokens=True).strip() == longest
 
 
-def test_generate_equals_the_stock_pipeline(stock, tiny_sd):
+def test_generate_equals_the_stock_pipeline(stock: Any, folder: Path, name: str):
+    """With the sampler that `generate` uses for diffusion models, which is not SDXL's default."""
     prompts = ["a red circle", "three green crosses", "a blue square above a yellow triangle"]
-    ours = generate(load_pipeline(tiny_sd), prompts, seeds=[5, 6, 7], steps=20, guidance_scale=7.5, batch_size=2)
-    theirs = draw_stock(stock, prompts, [5, 6, 7], guidance_scale=7.5)
+    ours = generate(load_pipeline(folder), prompts, seeds=[5, 6, 7], steps=20, guidance_scale=7.5, batch_size=2)
+    before = stock.scheduler
+    if name == "tiny-sdxl":
+        stock.scheduler = DDIMScheduler.from_config(before.config)
+    try:
+        theirs = draw_stock(stock, prompts, [5, 6, 7], guidance_scale=7.5)
+    finally:
+        stock.scheduler = before
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() <= 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("category", "low", "high"), [("single", 0.75, 1.0), ("two", 0.25, 0.75)])
-def test_the_stock_pipeline_draws_heldout_captions_about_as_often_as_measured(stock, category, low, high):
-    """Loose bounds: an untrained or a broken model is far below, and above there is nothing left to align."""
+@pytest.mark.parametrize("category", ["single", "two"])
+def test_the_stock_pipeline_draws_heldout_captions_about_as_often_as_measured(stock: Any, name: str, category: str):
+    low, high = SHIPPED[name].right[category]
     chosen = [scene for scene in sample_scenes("heldout", 600, seed=1) if scene.category == category][:60]
     passed = []
     for start in range(0, len(chosen), 30):
@@ -106,9 +160,9 @@ def test_the_stock_pipeline_draws_heldout_captions_about_as_often_as_measured(st
     assert len(passed) == 60 and low <= np.mean(passed) <= high
 
 
-@pytest.mark.parametrize("name", ["tiny-sd", "tiny-clip"])
-def test_no_shipped_file_tells_where_it_was_made(root, name):
-    configs = list((root / "assets" / name).rglob("*.json"))
+@pytest.mark.parametrize("asset", [*SHIPPED, "tiny-clip"])
+def test_no_shipped_file_tells_where_it_was_made(root, asset):
+    configs = list((root / "assets" / asset).rglob("*.json"))
     assert configs and not any("_name_or_path" in file.read_text(encoding="utf-8") for file in configs)
 
 

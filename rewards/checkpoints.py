@@ -1,0 +1,120 @@
+"""Official checkpoint files: found on the disk or on the hub, read without running code, loaded key by key."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a hub repository; `sha256` where it is known, and then it is checked."""
+
+    repo: str
+    name: str
+    sha256: str | None = None
+    revision: str | None = None
+
+    def locate(self, reward: str, weights: str | Path | None = None) -> Path:
+        """The file on this machine.
+
+        Args:
+            reward: its name, for the message.
+            weights: instead of the hub's: the file, a folder that holds it, or another hub id.
+
+        Raises:
+            ValueError: not to be had; the message says what to download and where to put it.
+        """
+        if weights is not None:
+            path = Path(weights)
+            if path.is_file() or (path / self.name).is_file():
+                return path if path.is_file() else path / self.name
+            if path.exists() or str(weights).count("/") != 1 or path.is_absolute():
+                raise ValueError(f"weights of {reward}: expected the file {self.name}, a folder that holds it, or a "
+                                 f"hub id, found nothing at {weights}")  # fmt: skip
+        return self._fetched(reward, self.repo if weights is None else str(weights))
+
+    def _fetched(self, reward: str, repo: str) -> Path:
+        revision = self.revision if repo == self.repo else None
+        try:
+            path = Path(hf_hub_download(repo, self.name, revision=revision))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{reward}: {self.name} of {repo} is not on this machine and not to be had from the hub "
+                f"({_first_line(error)}); with a network, run `hf download {repo} {self.name}` once, or give a local "
+                f"copy: weights=FILE, on the command line --weights {reward}=FILE"
+            ) from error
+        if repo == self.repo:
+            check_sha256(path, self.sha256)
+        return path
+
+
+def check_sha256(path: Path, expected: str | None) -> None:
+    """
+    Raises:
+        ValueError: the file is not the one that is expected; None expects nothing.
+    """
+    if expected is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path}: expected the file with sha256 {expected}, got {found}: download it again, or give "
+                         f"your own as weights=FILE")  # fmt: skip
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a .safetensors, .pt, .pth or .bin file holds, on the CPU; tensors only, no code is run.
+
+    Raises:
+        ValueError: damaged, or a pickle that would need to run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # saved on a GPU by some authors: without map_location that fails on a machine that has none
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected tensors by name, got a pickle that runs code when it is read ({_first_line(error)}); "
+            f"convert it to a state dict where you trust it"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, could not read it ({_first_line(error)}); it may be "
+                         f"incomplete: download it again") from error  # fmt: skip
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected tensors by name, got {type(state).__name__}")
+    return dict(state)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: Path, ignored: Iterable[str] = ()) -> None:
+    """Loads every key; `ignored` are prefixes of what the official file holds and the score does not use.
+
+    Raises:
+        ValueError: a missing or surplus key, or another shape.
+    """
+    kept = {key: value for key, value in state.items() if not key.startswith(tuple(ignored))}
+    wanted = module.state_dict()
+    missing, surplus = sorted(wanted.keys() - kept.keys()), sorted(kept.keys() - wanted.keys())
+    shapes = [f"{key} {list(kept[key].shape)} for {list(wanted[key].shape)}"
+              for key in sorted(wanted.keys() & kept.keys()) if kept[key].shape != wanted[key].shape]  # fmt: skip
+    found = {"lacks": missing, "has also": surplus, "has other shapes:": shapes}
+    if wrong := [f"{what} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in found.items() if keys]:
+        raise ValueError(f"{where}: expected the official checkpoint of {type(module).__name__}; it "
+                         f"{'; it '.join(wrong)}")  # fmt: skip
+    module.load_state_dict(kept)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
