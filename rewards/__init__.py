@@ -10,11 +10,15 @@ from diffalign.rewards.base import Reward, Weighted
 from diffalign.table import build, coerce
 
 REWARDS: dict[str, str] = {
+    "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
+    "aesthetic-v2.5": "diffalign.rewards.aesthetic_siglip:AestheticV25",
     "clip": "diffalign.rewards.clip:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
+    "siglip": "diffalign.rewards.clip:SigLIPScore",
+    "tiny-clip": "diffalign.rewards.clip:TinyCLIP",
 }
 
 

@@ -60,6 +60,48 @@ class HubFile:
         return path
 
 
+@dataclass(frozen=True)
+class UrlFile:
+    """One file of a web page that is no hub repository, kept where torch keeps its downloads."""
+
+    url: str
+    name: str
+    sha256: str
+
+    def locate(self, reward: str, weights: str | Path | None = None) -> Path:
+        """The file on this machine.
+
+        Args:
+            reward: its name, for the message.
+            weights: instead of a download: the file, or a folder that holds it.
+
+        Raises:
+            ValueError: not to be had, or another file than the one that is expected.
+        """
+        if weights is not None:
+            found = [path for path in (Path(weights), Path(weights) / self.name) if path.is_file()]
+            if not found:
+                raise ValueError(f"weights of {reward}: expected the file {self.name} or a folder that holds it, found "
+                                 f"nothing at {weights}")  # fmt: skip
+            return found[0]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / self.name
+        if not path.is_file():
+            self._download(reward, path)
+        check_sha256(path, self.sha256)
+        return path
+
+    def _download(self, reward: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{reward}: {self.name} is not on this machine and could not be downloaded ({_first_line(error)}); "
+                f"get it from {self.url} and put it at {path}, or give it as weights=FILE, on the command line "
+                f"--weights {reward}=FILE"
+            ) from error
+
+
 def check_sha256(path: Path, expected: str | None) -> None:
     """
     Raises:

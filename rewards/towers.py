@@ -1,4 +1,4 @@
-"""Loads CLIP checkpoints, from transformers or from open_clip, behind one face: features of pictures and of prompts."""
+"""Loads CLIP and SigLIP checkpoints, from transformers or open_clip, behind one face: features of either side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import open_clip
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from diffalign.assets import asset
@@ -23,6 +23,8 @@ SHIPPED = ("tiny-clip",)  # folders of diffalign.assets
 BICUBIC = 3  # PIL's number for it, as preprocessor_config.json writes it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNUSED = ("position_ids",)  # ends of keys that old checkpoints hold and nothing reads
+KINDS: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel}  # by model_type; SigLIP 2 of a fixed size too
+HALF = (0.5, 0.5, 0.5)
 OPEN_CLIP_RECIPES = {"shortest": openai_recipe, "squash": square_recipe}
 
 
@@ -65,10 +67,11 @@ def load_tower(
     dtype: str = "float32",
     reward: str = "clip",
 ) -> Tower:
-    """A CLIP checkpoint by name.
+    """A CLIP or SigLIP checkpoint by name.
 
     Args:
-        model: a folder or hub id of a transformers CLIPModel, "tiny-clip", or "open_clip:ARCHITECTURE/TAG".
+        model: a folder or hub id of a transformers CLIPModel or SiglipModel, "tiny-clip", or
+            "open_clip:ARCHITECTURE/TAG".
         weights: a local copy instead: the checkpoint's folder, or for open_clip its file.
         dtype: of the weights: float32, bfloat16 or float16.
         reward: for messages.
@@ -86,11 +89,15 @@ def load_tower(
 
 @dataclass(frozen=True)
 class TransformersTower:
-    """A stock CLIPModel with its tokenizer."""
+    """A stock CLIPModel or SiglipModel with its tokenizer."""
 
     model: Any  # transformers' annotations do not survive strict checking: config.text_config may be a dict there
     tokenizer: Any
     recipe: Recipe
+
+    @property
+    def _siglip(self) -> bool:
+        return bool(self.model.config.model_type == "siglip")
 
     def image_features(self, x: Tensor) -> Tensor:
         x = x.to(self.model.device, self.model.dtype)
@@ -98,12 +105,13 @@ class TransformersTower:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
+        # SigLIP was trained on prompts padded to their full length, and reads the padding
+        padding = "max_length" if self._siglip else True
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self._context, return_tensors="pt"
+            list(prompts), padding=padding, truncation=True, max_length=self._context, return_tensors="pt"
         ).to(self.model.device)
-        return _projected(
-            self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        ).float()
+        mask = None if self._siglip else tokens.attention_mask
+        return _projected(self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=mask)).float()
 
     @property
     def scale(self) -> float:
@@ -168,10 +176,10 @@ def _load_transformers(
 ) -> TransformersTower:
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "clip":
-            raise ValueError(f"its model_type is {kind}, not clip")
+        if kind not in KINDS:
+            raise ValueError(f"its model_type is {kind}, not {' or '.join(KINDS)}")
         # the dtype is explicit: transformers 5 would load an fp16 file as an fp16 model, also on a CPU
-        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = KINDS[kind].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(_not_to_be_had(model, folder, error, reward)) from error
@@ -180,7 +188,8 @@ def _load_transformers(
         raise ValueError(f"{folder}: the checkpoint lacks weights of a CLIPModel: {missing[:3]} ...")
     if surplus := sorted(key for key in report["unexpected_keys"] if not key.endswith(UNUSED)):
         raise ValueError(f"{folder}: the checkpoint has weights that a CLIPModel has not: {surplus[:3]} ...")
-    recipe = _transformers_recipe(folder, clip.config.vision_config.image_size)
+    size = clip.config.vision_config.image_size
+    recipe = _siglip_recipe(folder, size) if kind == "siglip" else _transformers_recipe(folder, size)
     return TransformersTower(clip.requires_grad_(False).eval().to(device, dtype), tokenizer, recipe)
 
 
@@ -196,13 +205,31 @@ def _not_to_be_had(model: str, folder: str, error: Exception, reward: str) -> st
     )
 
 
-def _transformers_recipe(folder: str, image_size: int) -> Recipe:
-    """The checkpoint's own picture settings; one that is only a model, without a processor, gets CLIP's defaults."""
+def _picture_settings(folder: str) -> dict[str, Any] | None:
+    """Of the checkpoint's processor; None for one that is only a model."""
     path = Path(folder)
     names = ("preprocessor_config.json", "processor_config.json")
     if path.is_dir() and not any((path / name).is_file() for name in names):
+        return None
+    settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    return settings
+
+
+def _siglip_recipe(folder: str, image_size: int) -> Recipe:
+    """A square of the whole picture; values that are not stated are SigLIP's."""
+    settings = _picture_settings(folder) or {}
+    sides = {_side(settings, "size", side) or image_size for side in ("height", "width")}
+    if sides != {image_size} or settings.get("resample", BICUBIC) != BICUBIC:
+        raise ValueError(f"{folder}: expected pictures made by a bicubic resize to {image_size} x {image_size}, got "
+                         f"{settings}; use a reward of your own for another recipe")  # fmt: skip
+    return square_recipe(image_size, tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF)))
+
+
+def _transformers_recipe(folder: str, image_size: int) -> Recipe:
+    """The checkpoint's own picture settings; one that is only a model, without a processor, gets CLIP's defaults."""
+    settings = _picture_settings(folder)
+    if settings is None:
         return hf_recipe(image_size)
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     short, crop = _side(settings, "size", "shortest_edge"), _side(settings, "crop_size", "height")
     if short != crop or crop != image_size or settings.get("resample", BICUBIC) != BICUBIC:
         raise ValueError(

@@ -52,16 +52,16 @@ SHORT_SHARE, CLIP_TOKENS, CLIP_PADDED = 0.75, 24, 77  # of the steps, with next 
 
 
 def draw_times(process: NoiseProcess, count: int, generator: torch.Generator) -> Tensor:
-    """Training times [count]; of a diffusion model `NOISY_SHARE` lie in the noisiest part.
+    """Training times [count]: about half in the noisiest part, the others all over.
 
-    Where an object goes is decided there, in a few of the times and with next to no epsilon error: with uniform times
-    and no weight the relation of two objects stayed at chance for 8,000 steps. A flow's own distribution leans there.
+    Where an object goes is decided in the noisiest part, in a few of the times and with next to no epsilon error: with
+    uniform times and no weight the relation of two objects stayed at chance for 8,000 steps. A flow's own distribution
+    leans there by itself, but so much (1.4 % of its times are below 0.25) that outlines stayed blobs for 2,000 steps.
     """
-    t = process.training_times(count, generator)
+    own, noisy = process.training_times(count, generator), torch.rand(count, generator=generator) < NOISY_SHARE
     if not isinstance(process, VariancePreserving):
-        return t
-    noisy = process.training_times(count, generator, low=NOISY_FROM)
-    return torch.where(torch.rand(count, generator=generator) < NOISY_SHARE, noisy, t)
+        return torch.where(noisy, own, torch.rand(count, generator=generator))
+    return torch.where(noisy, process.training_times(count, generator, low=NOISY_FROM), own)
 
 
 def weight(process: NoiseProcess, t: Tensor) -> Tensor:

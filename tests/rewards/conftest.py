@@ -10,8 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 IMAGE_SIZE, CONTEXT = 32, 24
 
@@ -90,3 +103,21 @@ def as_pixels(picture: Image.Image) -> torch.Tensor:
 @pytest.fixture
 def pixels_of():
     return as_pixels
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` of a small SiglipModel, its processor and a tokenizer of whole words leaves, in fp16."""
+    folder = tmp_path_factory.mktemp("siglip")
+    words = ["[PAD]", "[UNK]", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = SiglipTextConfig(**tower, vocab_size=len(words), max_position_embeddings=8, projection_size=32)
+    config = SiglipConfig(text_config=text.to_dict(), vision_config=tower | {"image_size": 32, "patch_size": 8})
+    model = SiglipModel(config).eval()
+    fill(model, seed=3)
+    model.half().save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder

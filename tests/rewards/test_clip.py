@@ -10,8 +10,9 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from diffalign.rewards import load_reward
 from diffalign.rewards.clip import CLIPScore
@@ -165,8 +166,8 @@ def test_what_is_not_there_is_named_with_the_remedy(offline, tmp_path, clip_fold
 
 
 def test_another_kind_of_model_is_refused_not_filled_with_random_weights(tmp_path, clip_folder):
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(ValueError, match="its model_type is siglip"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="its model_type is bert, not clip or siglip"):
         CLIPScore(str(tmp_path))
     half = tmp_path / "half"
     shutil.copytree(clip_folder, half)
@@ -252,3 +253,45 @@ def test_open_clip_loads_a_local_file_with_the_activation_of_its_tag(tmp_path, p
         text = reward.tower.text_features(["a cat"])
         torch.testing.assert_close(text, model.encode_text(open_clip.get_tokenizer("RN50")(["a cat"])))
     assert reward(photographs[:2], ["a cat", "tea"]).isfinite().all()
+
+
+def test_siglip_scores_equal_the_stock_model_and_processor(siglip_folder, photographs, prompts):
+    reward = load_reward("siglip", weights=siglip_folder, scale=1)
+    model = SiglipModel.from_pretrained(siglip_folder, dtype=torch.float32).eval()
+    pixels = SiglipImageProcessorPil.from_pretrained(siglip_folder)(photographs, return_tensors="pt").pixel_values
+    tokenizer = AutoTokenizer.from_pretrained(siglip_folder)
+    ids = tokenizer(prompts, padding="max_length", max_length=8, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model(input_ids=ids, pixel_values=pixels)
+    expected = (out.image_embeds * out.text_embeds).sum(-1)
+    assert expected.std() > 0.02
+    torch.testing.assert_close(reward(photographs, prompts), expected, atol=1e-6, rtol=0)
+    assert reward.card.side == 32 and reward.card.unit == "1 cos"
+
+
+def test_siglip_reads_the_padding_of_a_prompt(siglip_folder, photographs, prompts):
+    """Alone or beside a longer one a prompt scores the same: it is padded to the full length either way."""
+    reward = load_reward("siglip", weights=siglip_folder)
+    whole = reward(photographs, prompts)
+    single = torch.cat([reward([p], [c]) for p, c in zip(photographs, prompts, strict=True)])
+    torch.testing.assert_close(whole, single, atol=1e-4, rtol=0)
+
+
+def test_another_picture_recipe_of_a_siglip_is_refused(siglip_folder, tmp_path):
+    shutil.copytree(siglip_folder, tmp_path / "siglip")
+    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "siglip")
+    with pytest.raises(ValueError, match="bicubic resize to 32 x 32"):
+        load_reward("siglip", weights=tmp_path / "siglip")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 1.5), ("float16", 0.2)])
+def test_16_bit_towers_drift_by_little(clip_folder, reward, photographs, prompts, dtype, bound):
+    """Scores spread over tens; the drift is that of the towers, since pictures are made in fp32."""
+    drift = (CLIPScore(str(clip_folder), dtype=dtype)(photographs, prompts) - reward(photographs, prompts)).abs().max()
+    assert 0 < drift < bound
+
+
+def test_tiny_clip_is_a_reward_of_its_own(photographs):
+    ships = load_reward("tiny-clip")
+    assert torch.equal(ships(photographs[:2], ["a red circle"] * 2),
+                       CLIPScore("tiny-clip")(photographs[:2], ["a red circle"] * 2))  # fmt: skip
