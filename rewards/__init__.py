@@ -13,6 +13,7 @@ REWARDS: dict[str, str] = {
     "clip": "diffalign.rewards.clip:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "imagereward": "diffalign.rewards.imagereward:ImageReward",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
 }
