@@ -10,6 +10,7 @@ from diffalign.rewards.base import Reward, Weighted
 from diffalign.table import build, coerce
 
 REWARDS: dict[str, str] = {
+    "blip-itm": "diffalign.rewards.blip_itm:BlipITM",
     "clip": "diffalign.rewards.clip:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
