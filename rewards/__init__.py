@@ -12,9 +12,11 @@ from diffalign.table import build, coerce
 REWARDS: dict[str, str] = {
     "aesthetic": "diffalign.rewards.aesthetic:Aesthetic",
     "aesthetic-v2.5": "diffalign.rewards.aesthetic_siglip:AestheticV25",
+    "blip-itm": "diffalign.rewards.blip_itm:BlipITM",
     "clip": "diffalign.rewards.clip:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "imagereward": "diffalign.rewards.imagereward:ImageReward",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
     "siglip": "diffalign.rewards.clip:SigLIPScore",

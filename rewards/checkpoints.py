@@ -66,7 +66,7 @@ class UrlFile:
 
     url: str
     name: str
-    sha256: str
+    sha256: str | None = None
 
     def locate(self, reward: str, weights: str | Path | None = None) -> Path:
         """The file on this machine.

@@ -1,0 +1,85 @@
+"""What the rewards that read a picture and a prompt with BLIP's networks share: WordPiece ids, checks, recipes."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+from transformers import BertTokenizer
+
+from diffalign.assets import asset
+from diffalign.rewards.base import Card, Images, dispatch
+from diffalign.rewards.preprocess import Recipe
+
+VOCABULARY = "bert-base-uncased/vocab.txt.gz"
+CONTEXT = 35  # tokens, [CLS] and [SEP] included: BLIP and ImageReward cut and pad to it
+
+log = logging.getLogger(__name__)
+
+
+class BlipScore(ABC):
+    """One number per picture and prompt, from `_judge`."""
+
+    name: ClassVar[str]
+    card: Card
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._told = False
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]; see `Reward.__call__`."""
+        return dispatch(self.name, images, prompts, exact=self._score_pictures, differentiable=self._score_pixels)
+
+    @abstractmethod
+    def _judge(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Scores [B], fp32, of normalized pixels [B, 3, side, side] and `tokenized` prompts, from any device."""
+
+    def _score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        return self._score(self.recipe.pictures(pictures), prompts)
+
+    def _score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(self.recipe.pixels(pixels), prompts)
+
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        self._say_once(prompts)
+        return self._judge(x, *tokenized(prompts))
+
+    def _say_once(self, prompts: Sequence[str]) -> None:
+        if not self._told and (cut := too_long(prompts)):
+            self._told = True
+            log.warning("%s: the prompt %r... is longer than the text encoder reads; the rest of it is ignored "
+                        "(said once, also true of other prompts)", self.name, cut[0][:60])  # fmt: skip
+
+
+def tokenized(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask (1 where a token is not padding), both [B, 35] on the CPU, [CLS] first.
+
+    BLIP's other tasks begin a text with [ENC]; ImageReward and BLIP's image-text matching leave [CLS] there.
+    """
+    tokens = bert_tokenizer()(
+        list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def too_long(prompts: Sequence[str]) -> list[str]:
+    """The prompts of which only a part is read."""
+    # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
+    ids = bert_tokenizer()(list(prompts), truncation=False, verbose=False).input_ids
+    return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > CONTEXT]
+
+
+@cache
+def bert_tokenizer() -> Any:
+    """bert-base-uncased with BLIP's [DEC] (30522) and [ENC] (30523), from the vocabulary that ships with diffalign."""
+    words = gzip.decompress(asset(VOCABULARY).read_bytes()).decode("utf-8").rstrip("\n").split("\n")
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
+    return tokenizer
