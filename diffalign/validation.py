@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from diffalign.cache import Cache
 from diffalign.config import RunConfig
@@ -17,9 +18,11 @@ from diffalign.generation import sample_latents
 from diffalign.methods.base import Method, Need, PairBatch, Run
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.lora import adapters_disabled
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.sampling import draw
+from diffalign.telemetry import looks
 from diffalign.tracking import Averages, grid
 
 log = logging.getLogger("diffalign")
@@ -77,7 +80,8 @@ def held_out_metrics(
 def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:
     """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
 
-    Every rank draws and scores its share, so all must call it. It returns the mean of each of the config's rewards. It
+    Every rank draws and scores its share, so all must call it. It returns means of what `looks` measures, for a LoRA
+    with the drift from the base model's pictures, which the first call draws, and of each of the config's rewards. It
     keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
     """
     count = len(config.validation_prompts)
@@ -90,18 +94,26 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
     noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
     condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
 
+    base: list[Tensor] = []
+
+    def drawn(by: LatentPipeline) -> Tensor:
+        latents = sample_latents(by, condition, negative, noise, times, config.guidance_scale)
+        return decoder(latents).clamp(0, 1).cpu()
+
     def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
-        latents = sample_latents(trained, condition, negative, noise, times, config.guidance_scale)
-        pixels = decoder(latents).clamp(0, 1).cpu()
+        if not base and config.train == "lora":
+            with adapters_disabled(trained):
+                base.append(drawn(trained))
+        pixels = drawn(trained)
         levels = gathered_rows(rows, (pixels * 255).round().byte(), count)
         if accelerator.is_main_process:
             path.parent.mkdir(exist_ok=True)
             grid(levels / 255, columns=min(8, count)).save(path)
-        if rewards is None:
-            return {}
-        with preferring(config.attention):
-            rewards(to_pictures(pixels), prompts)
-        scores = {name: gathered_rows(rows, score, count) for name, score in rewards.terms.items()}
-        return {f"validation/reward/{name}": score.mean().item() for name, score in scores.items()}
+        found = {f"pictures/{name}": value for name, value in looks(pixels, *base).items()}
+        if rewards is not None:
+            with preferring(config.attention):
+                rewards(to_pictures(pixels), prompts)
+            found |= {f"reward/{name}": score for name, score in rewards.terms.items()}
+        return {f"validation/{name}": gathered_rows(rows, row, count).mean().item() for name, row in found.items()}
 
     return draw_samples

@@ -87,6 +87,8 @@ def test_a_run_trains_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert {"d_w", "d_l", "m_w", "r_w", "grad_norm", "h_abs", "h_std"} <= first.keys()
     assert any("validation/accuracy" in row for row in rows)
     assert (result.folder / "samples" / "step-000004.png").is_file()
+    drifts = [row["validation/pictures/drift"] for row in rows if "validation/pictures/drift" in row]
+    assert len(drifts) == 2 and drifts[0] == 0 < drifts[1]
     assert (result.folder / "config.yaml").is_file()
     pipe = load_pipeline(stable_diffusion())
     load_lora(pipe, result.folder)
