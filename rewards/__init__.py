@@ -15,6 +15,9 @@ REWARDS: dict[str, str] = {
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
+    "unifiedreward": "diffalign.rewards.judge:UnifiedReward",
+    "vlm": "diffalign.rewards.judge:VLM",
+    "winrate": "diffalign.rewards.pairwise:WinRate",
 }
 
 
