@@ -95,11 +95,11 @@ class VLMPreference:
 
 @final
 class WinRate:
-    """The share of wins against the other pictures of the same prompt within the call; G pictures cost G (G - 1) / 2
-    verdicts.
+    """The share of wins against the other pictures of the same prompt within the call.
 
-    A picture without any verdict is NaN, as is one that is alone with its prompt; `reasons` says why, of the latest
-    call. Only pictures that are given together are compared: a batch is to hold whole groups.
+    G pictures cost G (G - 1) / 2 verdicts, and with a `VLMPreference` twice as many requests. Only pictures that are
+    given together are compared: a batch is to hold whole groups. A picture without any verdict is NaN, as is one that
+    is alone with its prompt; `reasons` says why, of the latest call.
 
     Args:
         preference: a section {"judge": {...}} of `VLMPreference`, with a `name` of another one (dotted path), or an
