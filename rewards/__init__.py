@@ -21,6 +21,9 @@ REWARDS: dict[str, str] = {
     "shapes": "diffalign.rewards.shapes:Shapes",
     "siglip": "diffalign.rewards.clip:SigLIPScore",
     "tiny-clip": "diffalign.rewards.clip:TinyCLIP",
+    "unifiedreward": "diffalign.rewards.judge:UnifiedReward",
+    "vlm": "diffalign.rewards.judge:VLM",
+    "winrate": "diffalign.rewards.pairwise:WinRate",
 }
 
 

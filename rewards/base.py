@@ -212,7 +212,9 @@ class Weighted:
         """sum_k w_k r_k, [B]; see `Reward.__call__`."""
         scores = {name: self._score(name, images, prompts) for name in self.rewards}
         self.terms = {name: score.detach() for name, score in scores.items()}
-        return torch.stack([self.weights[name] * score for name, score in scores.items()]).sum(0)
+        # one that is only logged is left out: where its score is missing, 0 times NaN would be NaN
+        counted = [self.weights[name] * score for name, score in scores.items() if self.weights[name]]
+        return torch.stack(counted).sum(0) if counted else torch.zeros_like(next(iter(scores.values())))
 
     def _score(self, name: str, images: Images, prompts: Sequence[str]) -> Tensor:
         if self.weights[name]:

@@ -126,6 +126,16 @@ def test_a_weight_of_zero_only_logs():
     assert not any(term.requires_grad for term in both.terms.values())
 
 
+def test_a_missing_score_that_is_only_logged_does_not_reach_the_sum():
+    class Missing(Brightness):
+        def __call__(self, images, prompts):
+            return torch.full((len(prompts),), float("nan"))
+
+    both = Weighted({"b": (Brightness(), 1.0), "m": (Missing(), 0)})
+    assert both(GRAY, PROMPTS).tolist() == Brightness()(GRAY, PROMPTS).tolist() and both.terms["m"].isnan().all()
+    assert Weighted({"m": (Missing(), 0)})(GRAY, PROMPTS).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", True, None])
 def test_weighted_refuses_a_weight_that_is_no_number(weight):
     with pytest.raises(ValueError, match="finite number"):
