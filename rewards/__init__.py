@@ -13,6 +13,8 @@ REWARDS: dict[str, str] = {
     "clip": "diffalign.rewards.clip:CLIPScore",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "jpeg": "diffalign.rewards.jpeg:JPEG",
+    "ocr": "diffalign.rewards.ocr:OCR",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
 }
