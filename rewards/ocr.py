@@ -1,4 +1,4 @@
-"""Whether a picture shows the text that its prompt quotes: the OCR reward of Flow-GRPO. Liu et al. 2025, arXiv 2505.05470.
+"""Whether a picture shows the text that its prompt quotes, as Flow-GRPO asks it. Liu et al. 2025, arXiv 2505.05470.
 
     score = 1 - min(distance(text, target), len(target)) / len(target)
 
@@ -91,7 +91,8 @@ def load_engine(name: str) -> Engine:
         ValueError: unknown, or its package is not installed.
     """
     found: Any = resolve(ENGINES, name, "OCR engine")
-    return found() if inspect.isclass(found) else found
+    engine: Any = found() if inspect.isclass(found) else found
+    return engine
 
 
 def quoted(prompt: str) -> str:
