@@ -11,6 +11,7 @@ from diffalign.table import build, coerce
 
 REWARDS: dict[str, str] = {
     "clip": "diffalign.rewards.clip:CLIPScore",
+    "geneval": "diffalign.rewards.geneval:GenEval",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
     "jpeg": "diffalign.rewards.jpeg:JPEG",
