@@ -61,6 +61,8 @@ def _said(section: Mapping[str, Any]) -> str:
 
 
 def _interval(row: Mapping[str, Any], column: str) -> str:
+    if row[column] is None:
+        return "missing"
     low, high = row[f"{column}_ci95"]
     return f"{row[column]:.3f}" if low is None else f"{row[column]:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -305,6 +305,8 @@ def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _with_interval(row: Mapping[str, Any], column: str) -> str:
+    if row[column] is None:
+        return "missing"
     low, high = row[f"{column}_ci95"]
     return f"{row[column]:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
 

@@ -62,7 +62,7 @@ def evaluate(
 
     The report has `rewards` (name -> base, aligned, gain, win_rate, each with its 95 % interval beside it as *_ci95)
     and the same per category in `per_category`. Intervals are over rows of `prompts`: the seeds of one are averaged
-    first. An interval of a single prompt is [None, None].
+    first. An interval of a single prompt is [None, None]. `missing` counts prompts without a score, which are left out.
 
     Args:
         prompts: with a category, where the report is to have one.
@@ -227,7 +227,17 @@ def _rows(sides: Mapping[str, Mapping[str, Matrix]], chosen: NDArray[np.bool_], 
 
 
 def _row(base: Matrix, aligned: Matrix | None, seed: int) -> dict[str, Any]:
-    """Numbers of one reward. Every interval has a generator of its own, so none depends on which others are asked."""
+    """Numbers of one reward. Every interval has a generator of its own, so none depends on which others are asked.
+
+    A prompt with a missing score on either side, which a judge may leave, counts in neither; `missing` says how many.
+    """
+    sides = [base] if aligned is None else [base, aligned]
+    whole = np.isfinite(np.stack(sides)).all(axis=(0, 2))
+    missing = {"missing": int((~whole).sum())}
+    if not whole.any():
+        names = ("base",) if aligned is None else ("base", "aligned", "gain", "win_rate")
+        return missing | {key: value for name in names for key, value in ((name, None), (f"{name}_ci95", [None, None]))}
+    base, aligned = base[whole], None if aligned is None else aligned[whole]
     intervals = {"base": _mean(base, seed)}
     if aligned is not None:
         rng = np.random.default_rng
@@ -235,7 +245,7 @@ def _row(base: Matrix, aligned: Matrix | None, seed: int) -> dict[str, Any]:
         intervals["aligned"] = _mean(aligned, seed)
         intervals["gain"] = mean_gain(base.mean(1), aligned.mean(1), rng(seed))
         intervals["win_rate"] = bootstrap_mean(won.mean(1), rng(seed))
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {**missing}
     for name, interval in intervals.items():
         row[name] = interval.estimate
         row[f"{name}_ci95"] = [None if math.isnan(bound) else bound for bound in (interval.low, interval.high)]

@@ -24,7 +24,7 @@ ScorePixels = Callable[[Tensor, Sequence[str]], Tensor]
 ROUNDING = 1e-4  # how far above 1 or below 0 a pixel may be before it counts as a wrong range
 
 
-CHECKED = ("official code, small weights", "published number", "formula only")
+CHECKED = ("official code, small weights", "official code, no weights", "published number", "formula only")
 
 
 @dataclass(frozen=True)

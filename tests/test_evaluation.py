@@ -13,7 +13,7 @@ from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora
 from diffalign.prompts import Prompt
-from diffalign.rewards.base import Weighted, dispatch
+from diffalign.rewards.base import Card, Weighted, dispatch
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.rewards.shapes import Shapes
 from diffalign.statistics import bootstrap_mean, mean_gain
@@ -25,9 +25,7 @@ QUICK = {"steps": 2, "guidance_scale": 2.0, "batch_size": 4, "seed": 11}
 class Channel:
     """Mean of one channel of the picture."""
 
-    differentiable = False
-    range = (0.0, 255.0)
-    licence = source = "tests"
+    card = Card("level", (0.0, 255.0), "tests", "none", "none", False, None, True, "formula only")
 
     def __init__(self, name, index):
         self.name, self.index = name, index
@@ -87,7 +85,7 @@ def test_the_lora_is_taken_off_again(pipe, lora):
 
 def test_without_a_lora_only_the_base_is_scored(pipe):
     report = evaluate(pipe, ["a red circle", "tea"], Channel("red", 0), **QUICK)
-    assert set(report["rewards"]["red"]) == {"base", "base_ci95"}
+    assert set(report["rewards"]["red"]) == {"missing", "base", "base_ci95"}
     assert report["lora"] is None
     assert report["per_category"] == {}
 
@@ -122,6 +120,24 @@ def test_categories_and_terms_have_rows_of_their_own(pipe, lora):
     mean = (2 * single["rewards"]["red"]["base"] + count["rewards"]["red"]["base"]) / 3
     assert rows["red"]["base"] == pytest.approx(mean)
     assert count["rewards"]["red"]["gain_ci95"] == [None, None]  # one prompt
+
+
+def test_a_prompt_without_a_score_counts_on_neither_side_and_is_counted(pipe, lora, tmp_path):
+    class Unsure(Channel):
+        def __call__(self, images, prompts):
+            scores = super().__call__(images, prompts)
+            return torch.where(torch.tensor([prompt == PROMPTS[1].text for prompt in prompts]), float("nan"), scores)
+
+    told, unsure = (evaluate(pipe, PROMPTS, reward, lora=lora, **QUICK) for reward in (Channel("r", 0), Unsure("r", 0)))
+    rest = evaluate(pipe, [PROMPTS[0], PROMPTS[2]], Channel("r", 0), lora=lora, **QUICK | {"seed": 11})
+    assert told["rewards"]["r"]["missing"] == 0 and unsure["rewards"]["r"]["missing"] == 1
+    assert unsure["per_category"]["count"]["rewards"] == told["per_category"]["count"]["rewards"]
+    assert (
+        unsure["per_category"]["single"]["rewards"]["r"]["base"]
+        == rest["per_category"]["single"]["rewards"]["r"]["base"]
+    )
+    nothing = evaluate(pipe, PROMPTS[1:2], Unsure("r", 0), lora=lora, out=tmp_path / "out", **QUICK)["rewards"]["r"]
+    assert nothing["missing"] == 1 and nothing["gain"] is None and nothing["gain_ci95"] == [None, None]
 
 
 def test_a_pass_rate_has_wilsons_interval(pipe):
