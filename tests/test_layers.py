@@ -16,7 +16,17 @@ HOMES = {  # who may import what; the trainer is start-up, loop, and what severa
     "open_clip": ("pipelines/", "rewards/"),
     "xformers": ("pipelines/",),
 }
-LEAVES = ("cli", "commands", "arguments", "doctor", "demo", "shapes/train", "shapes/tiny", "shapes/pairs")
+LEAVES = (
+    "cli",
+    "commands",
+    "arguments",
+    "doctor",
+    "demo",
+    "shapes/train",
+    "shapes/tiny",
+    "shapes/pairs",
+    "shapes/rates",
+)
 RANKS = {  # an arrow goes from a higher rank to a lower one, or stays inside a rank
     "process": 0, "table": 0, "transition": 1, "losses": 1, "sampling": 2, "data": 2,
     "methods": 3, "trainer": 4, "startup": 4, "validation": 4, "refusals": 4, "distributed": 4, "zero": 4,
