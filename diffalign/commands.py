@@ -283,11 +283,10 @@ def list_rewards() -> Result:
             "yes" if kind.card.across_prompts else "no",
             kind.card.checked,
             kind.card.weights,
-            _first_line(kind),
         )
         for name, kind in classes.items()
     ]
-    header = ("reward", "unit", "gradient", "side", "across prompts", "checked against", "licence of weights", "about")
+    header = ("reward", "unit", "gradient", "side", "across prompts", "checked against", "licence of the weights")
     return Result(data, header=header, rows=rows)
 
 

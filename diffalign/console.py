@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "DIFFALIGN_DEBUG"
@@ -45,7 +45,9 @@ def show(result: Result, as_json: bool) -> None:
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         if result.rows:
-            table = Table(*result.header, box=None, pad_edge=False)
+            # names stay whole whatever the width: they are typed again
+            columns = [Column(title, no_wrap=not place, overflow="fold") for place, title in enumerate(result.header)]
+            table = Table(*columns, box=None, pad_edge=False)
             for row in result.rows:
                 table.add_row(*row)
             console.print(table)

@@ -118,7 +118,7 @@ class BlipITM(BlipScore):
         range=OUTPUTS["probability"].range,
         source=f"{FILE.name} of github.com/salesforce/BLIP; arXiv 2201.12086",
         code="BSD-3-Clause",
-        weights="not stated with the weights; the code is BSD-3-Clause",
+        weights="not stated",
         differentiable=True,
         side=384,
         across_prompts=True,

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 
 import torch
 
-from diffalign.rewards.base import CHECKED, Card
+from diffalign.rewards.base import Card
 from diffalign.rewards.cosine import CosineScore
 from diffalign.rewards.towers import load_tower
 
@@ -57,7 +57,7 @@ class _CLIP(CosineScore):
 
 def _card(source: str, code: str, weights: str, side: int) -> Card:
     return Card("100 cos", (-100.0, 100.0), source, code, weights, differentiable=True, side=side,
-                across_prompts=False, checked=CHECKED[0])  # fmt: skip
+                across_prompts=False, checked="official code, small weights")  # fmt: skip
 
 
 @final
@@ -66,7 +66,7 @@ class CLIPScore(_CLIP):
 
     name: ClassVar[str] = "clip"
     default: ClassVar[str] = "openai/clip-vit-large-patch14"
-    card = _card(f"{default}; arXiv 2104.08718", "MIT", "MIT; other checkpoints have their own", 224)
+    card = _card(f"{default}; arXiv 2104.08718", "MIT", "MIT (the default)", 224)
 
 
 @final
@@ -75,7 +75,7 @@ class SigLIPScore(_CLIP):
 
     name: ClassVar[str] = "siglip"
     default: ClassVar[str] = "google/siglip-so400m-patch14-384"
-    card = replace(_card(f"{default}; arXiv 2303.15343", "Apache-2.0", "Apache-2.0", 384), checked=CHECKED[2])
+    card = replace(_card(f"{default}; arXiv 2303.15343", "Apache-2.0", "Apache-2.0", 384), checked="formula only")
 
 
 @final

@@ -68,7 +68,7 @@ class GenEval:
         range=(0.0, 1.0),
         source=f"{REPO}, not the official detector; {CLIP} for colors; arXiv 2310.11513",
         code="MIT",
-        weights='"other" on the detector\'s page, MIT in its code; MIT (CLIP)',
+        weights='"other" (detector), MIT (CLIP)',
         differentiable=False,
         side=None,
         across_prompts=True,

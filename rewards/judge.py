@@ -119,7 +119,7 @@ def _card(scale: tuple[float, float], source: str, code: str) -> Card:
         range=scale,
         source=source,
         code=code,
-        weights="those of the model that is asked",
+        weights="the model's own",
         differentiable=False,
         side=None,
         across_prompts=True,

@@ -116,7 +116,7 @@ class WinRate:
         range=(0.0, 1.0),
         source="arXiv 2508.20751",
         code="Apache-2.0",
-        weights="those of the model that is asked",
+        weights="the model's own",
         differentiable=False,
         side=None,
         across_prompts=False,

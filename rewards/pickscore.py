@@ -39,7 +39,7 @@ class PickScore(CosineScore):
         range=(-100.1, 100.1),
         source=f"{REPO}; arXiv 2305.01569",
         code="MIT",
-        weights="not stated with the weights; the code is MIT",
+        weights="not stated",
         differentiable=True,
         side=224,
         across_prompts=False,

@@ -16,7 +16,7 @@ class Brightness:
     """100 times the mean of the pixels: exact on pictures, differentiable on floats."""
 
     name = "brightness"
-    card = Card("percent", (0.0, 100.0), "tests", "none", "none", True, None, True, CHECKED[-1])
+    card = Card("percent", (0.0, 100.0), "tests", "none", "none", True, None, True, "formula only")
 
     def __call__(self, images, prompts):
         return dispatch(self.name, images, prompts, exact=self._exact, differentiable=self._soft)
