@@ -166,7 +166,7 @@ def test_training_and_validation_tell_the_truth_and_pictures_are_drawn_with_the_
     train(config(tmp_path, [(40, 72)] * 4, validation_prompts=["a red circle"], num_inference_steps=2))
     truth, default = [40, 72, 0, 13, 32, 32], [32, 32, 0, 0, 32, 32]
     rows = [row for ids in told for row in ids.tolist()]
-    assert rows.count(default) == 2 * 2 * 2  # two grids, two steps, with and without prompt
+    assert rows.count(default) == 3 * 2 * 2  # the base's grid and two of the run's, two steps, with and without prompt
     assert rows.count(truth) == len(rows) - rows.count(default) > 20
 
 

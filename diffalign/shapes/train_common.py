@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from diffalign.pipelines.base import LatentPipeline
+
 
 class _Savable(Protocol):
     def save_pretrained(self, save_directory: str) -> object: ...
@@ -56,3 +58,22 @@ def _forget_origin(file: Path) -> None:
     if isinstance(values, dict) and "_name_or_path" in values:
         del values["_name_or_path"]
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+class Halved:
+    """Saves a pipeline as a stock folder: network and VAE in fp16, the text encoders in fp32.
+
+    transformers 5 loads a model in the dtype of its file while diffusers loads in fp32, so a text encoder in fp16 would
+    make a mixed pipeline that fails at its first call.
+    """
+
+    def __init__(self, pipe: LatentPipeline) -> None:
+        self.pipe = pipe
+
+    def save_pretrained(self, save_directory: str) -> None:
+        parts = (self.pipe.network, self.pipe.stock.vae)
+        for part in parts:
+            part.to(torch.float16)
+        self.pipe.save_pretrained(save_directory)
+        for part in parts:
+            part.to(torch.float32)

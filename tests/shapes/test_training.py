@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,24 @@ import torch
 
 from diffalign.pipelines import PIPELINES
 from diffalign.process import RectifiedFlow, VariancePreserving, endpoints, target
-from diffalign.shapes.grammar import RELATIONS, inverse, parse, scenes
+from diffalign.shapes.grammar import CATEGORIES, RELATIONS, SPLITS, inverse, parse, scenes
 from diffalign.shapes.tiny_sd import build_tokenizer
-from diffalign.shapes.train import MAX_WEIGHT, MODELS, NOISY_FROM, NOISY_SHARE, Trainer, draw_times, weight
+from diffalign.shapes.train import (
+    CLIP_PADDED,
+    CLIP_TOKENS,
+    MAX_WEIGHT,
+    MODELS,
+    NOISY_FROM,
+    NOISY_SHARE,
+    SHORT_SHARE,
+    T5_LENGTHS,
+    UNIFORM_SHARE,
+    Trainer,
+    _set_t5_length,
+    _without_padding,
+    draw_times,
+    weight,
+)
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_loss
 from diffalign.shapes.train_vae import build_vae
 from diffalign.table import resolve
@@ -58,6 +74,31 @@ def test_half_of_the_times_are_noisy_and_the_rest_uniform():
     assert abs(noisy - (NOISY_SHARE + (1 - NOISY_SHARE) * (1 - NOISY_FROM))) < 0.01
     below = t[t < 1000 * NOISY_FROM].float()
     assert abs(below.mean().item() - 500 * NOISY_FROM) < 5
+
+
+def test_a_flow_sees_clean_times_too():
+    """Its own distribution has 1.4 % of its times below 0.25."""
+    t = draw_times(RectifiedFlow(shift=3.0), 40_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 1
+    assert abs((t < 0.25).float().mean().item() - (0.25 * UNIFORM_SHARE + 0.014 * (1 - UNIFORM_SHARE))) < 0.005
+
+
+def test_a_quarter_of_the_steps_is_padded_as_the_stock_call_pads():
+    pipe, generator = SimpleNamespace(t5_length=0), torch.Generator().manual_seed(0)
+    drawn = [(_set_t5_length(pipe, generator), pipe.t5_length) for _ in range(4000)]
+    padded = [length for is_padded, length in drawn if is_padded]
+    assert abs(len(padded) / len(drawn) - (1 - SHORT_SHARE)) < 0.03
+    assert min(padded) == T5_LENGTHS[0] and max(padded) >= T5_LENGTHS[1] - 3
+    assert {length for is_padded, length in drawn if not is_padded} == {T5_LENGTHS[0]}
+    assert _set_t5_length(SimpleNamespace(), generator)  # CLIP alone is always padded
+
+
+def test_padding_that_is_left_out_is_that_of_clip():
+    embeds = torch.arange(CLIP_PADDED + 16).view(1, -1, 1)
+    kept = _without_padding({"prompt_embeds": embeds, "text_embeds": torch.ones(1)})
+    assert kept["prompt_embeds"].flatten().tolist() == [*range(CLIP_TOKENS), *range(CLIP_PADDED, CLIP_PADDED + 16)]
+    longest = max(len(str(s).split()) for split in SPLITS for c in CATEGORIES for s in scenes(split, c))
+    assert longest + 2 < CLIP_TOKENS  # and what follows the end token is told there too
 
 
 def test_the_weight_makes_the_error_of_epsilon_that_of_v_and_leaves_a_flow_alone():
