@@ -83,7 +83,7 @@ def load_tower(
     if weights is not None and not Path(weights).exists():
         raise ValueError(f"weights of {model}: expected a local file or folder, found nothing at {weights}")
     if model.startswith(OPEN_CLIP):
-        return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device, kind)
+        return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device, kind, reward)
     return _load_transformers(model, str(weights or _locate(model)), device, kind, reward)
 
 
@@ -246,7 +246,7 @@ def _side(settings: dict[str, Any], key: str, side: str) -> int | None:
 
 
 def _load_open_clip(
-    name: str, weights: str | Path | None, device: torch.device | str, dtype: torch.dtype
+    name: str, weights: str | Path | None, device: torch.device | str, dtype: torch.dtype, reward: str
 ) -> OpenCLIPTower:
     architecture, _, tag = name.partition("/")
     _check_open_clip_names(architecture, tag, weights)
@@ -257,19 +257,19 @@ def _load_open_clip(
             architecture, str(weights) if weights else tag, force_quick_gelu=quick_gelu, device=device
         )
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(_open_clip_failed(name, weights, error)) from error
+        raise ValueError(_open_clip_failed(name, weights, error, reward)) from error
     tokenizer = open_clip.get_tokenizer(architecture)
     return OpenCLIPTower(model.requires_grad_(False).eval().to(dtype), tokenizer, _open_clip_recipe(model))
 
 
-def _open_clip_failed(name: str, weights: str | Path | None, error: Exception) -> str:
+def _open_clip_failed(name: str, weights: str | Path | None, error: Exception, reward: str) -> str:
     reason = str(error).strip().splitlines()[0]
     if weights:
         return f"{weights}: expected an open_clip checkpoint of {name}, could not read it: {reason}"
     repo = open_clip.get_pretrained_cfg(*name.split("/")).get("hf_hub", "").strip("/")
     return (
         f"{OPEN_CLIP}{name}: not to be had from the hub ({reason}); with a network, run `hf download {repo}` once, "
-        f"or give a local copy: weights=FILE, on the command line --weights clip=FILE"
+        f"or give a local copy: weights=FILE, on the command line --weights {reward}=FILE"
     )
 
 

@@ -230,10 +230,9 @@ def test_open_clip_names_are_checked_before_anything_is_fetched(model, message):
 
 
 def test_open_clip_weights_not_to_be_had_are_named(offline):
-    with pytest.raises(
-        ValueError, match=r"open_clip:ViT-B-32/laion2b_s34b_b79k: .*hf download laion/CLIP-ViT-B-32.*weights=FILE"
-    ):
-        CLIPScore("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    with pytest.raises(ValueError, match=rf"{name}: .*hf download laion/CLIP-ViT-B-32.*--weights siglip=FILE"):
+        load_reward("siglip", model=name)
 
 
 def test_an_open_clip_file_of_another_model_is_named(tmp_path):
