@@ -91,7 +91,7 @@ def assert_parity(steps: Mapping[str, Step]) -> tuple[float, float]:
 
 
 def measured_counts(steps: Mapping[str, Step]) -> dict[str, dict[str, int]]:
-    """`counts` of every variant."""
+    """`counts` of every variant that is not compiled."""
     return {name: counts(step, SEED) for name, step in steps.items() if not name.endswith(COMPILED)}
 
 

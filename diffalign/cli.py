@@ -224,7 +224,7 @@ def data_check(
 def rewards(as_json: Json = False) -> None:
     """List the reward models."""
     with working():
-        from diffalign.commands import list_rewards
+        from diffalign.catalog import list_rewards
 
         result = list_rewards()
     show(result, as_json)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -262,34 +261,6 @@ def check_data(path: str, name: str | None, max_rows: int | None) -> Result:
     return Result(report.to_dict(), report.render(), ok=report.usable)
 
 
-def list_rewards() -> Result:
-    """The rows of the table of rewards."""
-    classes = {name: resolve(REWARDS, name, "reward") for name in sorted(REWARDS)}
-    data = {
-        name: {
-            "class": REWARDS[name],
-            **asdict(kind.card),
-            "range": [bound if math.isfinite(bound) else None for bound in kind.card.range],
-            "about": _first_line(kind),
-        }
-        for name, kind in classes.items()
-    }
-    rows = [
-        (
-            name,
-            kind.card.unit,
-            "yes" if kind.card.differentiable else "no",
-            str(kind.card.side or ""),
-            "yes" if kind.card.across_prompts else "no",
-            kind.card.checked,
-            kind.card.weights,
-        )
-        for name, kind in classes.items()
-    ]
-    header = ("reward", "unit", "gradient", "side", "across prompts", "checked against", "licence of the weights")
-    return Result(data, header=header, rows=rows)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one piece."""
     partial = path.with_name(path.name + ".partial")
@@ -308,7 +279,3 @@ def _with_interval(row: Mapping[str, Any], column: str) -> str:
         return "missing"
     low, high = row[f"{column}_ci95"]
     return f"{row[column]:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]")
-
-
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0]

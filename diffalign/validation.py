@@ -114,6 +114,6 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
             with preferring(config.attention):
                 rewards(to_pictures(pixels), prompts)
             found |= {f"reward/{name}": score for name, score in rewards.terms.items()}
-        return {f"validation/{name}": gathered_rows(rows, row, count).mean().item() for name, row in found.items()}
+        return {f"validation/{name}": gathered_rows(rows, row, count).nanmean().item() for name, row in found.items()}
 
     return draw_samples

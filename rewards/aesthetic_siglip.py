@@ -9,20 +9,17 @@ downloaded when it is first used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from diffalign.rewards.aesthetic import AffineHead, width_of
-from diffalign.rewards.base import Card, Images, dispatch
-from diffalign.rewards.checkpoints import UrlFile, load_strictly, read_state
+from diffalign.rewards.affine import AffineScore
+from diffalign.rewards.base import Card
+from diffalign.rewards.checkpoints import UrlFile
 from diffalign.rewards.preprocess import square_recipe
 from diffalign.rewards.towers import dtype_named
 
@@ -35,7 +32,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @final
-class AestheticV25:
+class AestheticV25(AffineScore):
     """The score of the released head on SigLIP.
 
     Args:
@@ -60,6 +57,9 @@ class AestheticV25:
         across_prompts=True,
         checked="formula only",
     )
+    file: ClassVar[UrlFile] = HEAD
+    layers: ClassVar[tuple[int, ...]] = (0, 2, 4, 6, 8)
+    prefix: ClassVar[str] = "scoring_head"
 
     def __init__(
         self,
@@ -77,24 +77,8 @@ class AestheticV25:
                              f"hub ({reason}); with a network, run `hf download {backbone}` once, or give a local copy "
                              f"as backbone=FOLDER") from error  # fmt: skip
         self.tower = tower.requires_grad_(False).eval().to(device)
-        self.recipe = square_recipe(tower.config.image_size, HALF, HALF)
-        path = HEAD.locate(self.name, weights)
-        state = read_state(path)
-        self.head = AffineHead(width_of(state, path), names=(0, 2, 4, 6, 8), prefix="scoring_head")
-        load_strictly(self.head, {key: value.float() for key, value in state.items()}, path)
-        self.head.to(device)
+        super().__init__(square_recipe(tower.config.image_size, HALF, HALF), weights, device)
 
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; the prompts are not read. See `Reward.__call__`."""
-        return dispatch(self.name, images, prompts, exact=self._score_pictures, differentiable=self._score_pixels)
-
-    def _score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self._score(self.recipe.pictures(pictures))
-
-    def _score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(self.recipe.pixels(pixels))
-
-    def _score(self, x: Tensor) -> Tensor:
-        features = self.tower(pixel_values=x.to(self.tower.device, self.tower.dtype)).pooler_output
-        scores: Tensor = self.head(F.normalize(features.float(), dim=-1))
-        return scores
+    def features(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.tower(pixel_values=x.to(self.tower.device, self.tower.dtype)).pooler_output
+        return pooled

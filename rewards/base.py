@@ -7,6 +7,7 @@ Float tensors are scored by the differentiable recipe: the number whose gradient
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,8 @@ from diffalign.rewards.preprocess import to_pictures
 Images = Tensor | Sequence[Image.Image]
 ScorePictures = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
 ScorePixels = Callable[[Tensor, Sequence[str]], Tensor]
+
+log = logging.getLogger(__name__)
 
 ROUNDING = 1e-4  # how far above 1 or below 0 a pixel may be before it counts as a wrong range
 
@@ -229,6 +232,20 @@ class Weighted:
             if self.weights[name]  # 0 times infinity is not a number
         ]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)
+
+
+class CutPrompts:
+    """Says in the log, once, that a prompt is longer than a reward's text encoder reads."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._told = name, False
+
+    def __call__(self, too_long: Sequence[str]) -> None:
+        """Args: too_long: the prompts of which only a part is read; none says nothing."""
+        if too_long and not self._told:
+            self._told = True
+            log.warning("%s: the prompt %r... is longer than the text encoder reads; the rest of it is ignored "
+                        "(said once, also true of other prompts)", self.name, too_long[0][:60])  # fmt: skip
 
 
 def _joined(values: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
@@ -14,13 +13,11 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from diffalign.assets import asset
-from diffalign.rewards.base import Card, Images, dispatch
+from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.preprocess import Recipe
 
 VOCABULARY = "bert-base-uncased/vocab.txt.gz"
 CONTEXT = 35  # tokens, [CLS] and [SEP] included: BLIP and ImageReward cut and pad to it
-
-log = logging.getLogger(__name__)
 
 
 class BlipScore(ABC):
@@ -31,7 +28,7 @@ class BlipScore(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._told = False
+        self._tell_cut = CutPrompts(self.name)
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`."""
@@ -48,14 +45,8 @@ class BlipScore(ABC):
         return self._score(self.recipe.pixels(pixels), prompts)
 
     def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
-        self._say_once(prompts)
+        self._tell_cut(too_long(prompts))
         return self._judge(x, *tokenized(prompts))
-
-    def _say_once(self, prompts: Sequence[str]) -> None:
-        if not self._told and (cut := too_long(prompts)):
-            self._told = True
-            log.warning("%s: the prompt %r... is longer than the text encoder reads; the rest of it is ignored "
-                        "(said once, also true of other prompts)", self.name, cut[0][:60])  # fmt: skip
 
 
 def tokenized(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

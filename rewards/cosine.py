@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,11 +11,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Card, Images, check_images, check_prompts, dispatch, flatten_frames, full_precision
+from diffalign.rewards.base import (
+    Card,
+    CutPrompts,
+    Images,
+    check_images,
+    check_prompts,
+    dispatch,
+    flatten_frames,
+    full_precision,
+)
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.rewards.towers import Tower
-
-log = logging.getLogger(__name__)
 
 
 class CosineScore(ABC):
@@ -27,7 +33,7 @@ class CosineScore(ABC):
 
     def __init__(self, tower: Tower, scale: float) -> None:
         self.tower, self.scale = tower, scale
-        self._told = False
+        self._tell_cut = CutPrompts(self.name)
         self._known: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
@@ -51,7 +57,7 @@ class CosineScore(ABC):
         check_prompts(prompts, len(prompts))
         distinct = tuple(dict.fromkeys(prompts))
         if distinct != self._known[0]:
-            self._say_once(self.tower.too_long(distinct))
+            self._tell_cut(self.tower.too_long(distinct))
             with full_precision():
                 self._known = (distinct, F.normalize(self.tower.text_features(distinct), dim=-1))
         index = {prompt: row for row, prompt in enumerate(distinct)}
@@ -76,9 +82,3 @@ class CosineScore(ABC):
     def _embed(self, x: Tensor) -> Tensor:
         with full_precision():
             return F.normalize(self.tower.image_features(x), dim=-1)
-
-    def _say_once(self, too_long: Sequence[str]) -> None:
-        if too_long and not self._told:
-            self._told = True
-            log.warning("%s: the prompt %r... is longer than the text encoder reads; the rest of it is ignored "
-                        "(said once, also true of other prompts)", self.name, too_long[0][:60])  # fmt: skip

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, SiglipVisionConfig, SiglipVisionModel
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.aesthetic import HEAD, AffineHead
+from diffalign.rewards.aesthetic import HEAD
+from diffalign.rewards.affine import AffineHead
 from diffalign.rewards.checkpoints import check_sha256, load_strictly, read_state
 from diffalign.rewards.preprocess import hf_recipe, square_recipe
 
@@ -149,6 +150,10 @@ def test_heads_of_another_layout_are_refused(tmp_path: Path, backbone: Path, hea
     torch.save({key: value for key, value in state.items() if ".7." not in key}, tmp_path / "short.pth")
     with pytest.raises(ValueError, match="lacks layers.7.bias, layers.7.weight"):
         load_reward("aesthetic", weights=tmp_path / "short.pth", backbone=str(backbone))
+    torch.save(head_state(32, (0, 2, 4, 6, 7), "layers"), tmp_path / "narrow.pth")
+    narrow = load_reward("aesthetic", weights=tmp_path / "narrow.pth", backbone=str(backbone))
+    with pytest.raises(ValueError, match=r"features of width 32, which .*narrow.pth is for, got width 48"):
+        narrow([oracle.photographs()["exact_224"]], [""])
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match=r"page.pth: expected"):
         load_reward("aesthetic", weights=tmp_path / "page.pth", backbone=str(backbone))
