@@ -48,10 +48,14 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """1.7 million parameters on 16 x 16 latents of 16 channels, in patches of 2; normed queries, as SD3.5."""
+    """1.6 million parameters on 8 x 8 latents of 16 channels; normed queries, as SD3.5.
+
+    Patches of 1: a patch of 2 x 2 is 64 numbers, of which a stream as narrow as this one has to carry the noise to the
+    end, and what was left of its width never learned to draw (1.6 % of the pictures after 4,000 steps).
+    """
     return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
+        sample_size=8,
+        patch_size=1,
         in_channels=16,
         out_channels=16,
         num_layers=LAYERS,

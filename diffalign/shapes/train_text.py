@@ -12,11 +12,11 @@ Training captions alone are used; what is learned carries over to the validation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES, Scene, inverse, scenes
@@ -58,10 +58,11 @@ def sides_loss(reader: nn.Module, hidden: Tensor, after_end: Tensor, wanted: Ten
     return parts[0] + parts[1]
 
 
-def after_end(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """bool [N, 77]: the end token and all that follows it."""
-    ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return (torch.as_tensor(ids) == tokenizer.eos_token_id).cumsum(1) > 0
+def after_end(stock: Any, captions: Sequence[str]) -> Tensor:
+    """bool [N, 77], or as many tokens as the stock pipeline pads to: the end token and all that follows it."""
+    tokenizer, length = stock.tokenizer, getattr(stock, "tokenizer_max_length", None)
+    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return (torch.as_tensor(ids.input_ids) == tokenizer.eos_token_id).cumsum(1) > 0
 
 
 def teach_sides(
@@ -82,7 +83,7 @@ def teach_sides(
     for step in range(steps):
         some = [taught[i] for i in torch.randint(len(taught), (batch,), generator=generator).tolist()]
         captions = [str(scene) for scene in some]
-        asked, wanted = after_end(pipe.stock.tokenizer, captions).to(device), sides(some).to(device)
+        asked, wanted = after_end(pipe.stock, captions).to(device), sides(some).to(device)
         hidden = pipe.encode_prompts(captions)["prompt_embeds"][:, : asked.shape[1]]
         optimizer.param_groups[0]["lr"] = cosine_lr(lr, step, steps, warmup=50)
         loss = sides_loss(reader, hidden, asked, wanted)

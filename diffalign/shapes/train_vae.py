@@ -1,11 +1,12 @@
-"""Trains the autoencoder of the shapes models: 64-pixel pictures to 16 x 16 x 4 latents.
+"""Trains the autoencoder of the shapes models: 64-pixel pictures to 16 x 16 x 4 or 8 x 8 x 16 latents.
 
     python -m diffalign.shapes.train_vae --out runs/tiny-vae
     python -m diffalign.shapes.train_vae --init assets/tiny-sd/vae --decoder-only --out runs/tiny-vae    # sharper edges
-    python -m diffalign.shapes.train_vae --latent-channels 16 --out runs/tiny-vae-16                     # for tiny-sd3
+    python -m diffalign.shapes.train_vae --latent-channels 16 --grow assets/tiny-sd/vae --out runs/tiny-vae-16
 
-The second leaves the latents as they are, so a U-Net that was trained on them goes on to fit. The third is laid out as
-Stable Diffusion 3's: 16 channels, no convolution on the code, and a shift as well as a scale.
+The second leaves the latents as they are, so a network that was trained on them goes on to fit. The third is laid out
+as Stable Diffusion 3's: 16 channels on an eighth of the side, no convolution on the code, and a shift as well as a
+scale; it starts from the blocks of the first, to which it adds one halving.
 
 Absolute plus squared error and a light Kullback-Leibler term; no perceptual and no adversarial loss, which flat shapes
 do not need. The scaling factor of the saved model is 1 / std of its latents, as in Stable Diffusion; the shift is their
@@ -34,12 +35,16 @@ KL_WEIGHT = 5e-7  # per picture: a posterior of about 2000 nats costs a tenth of
 
 
 def build_vae(latent_channels: int = 4) -> AutoencoderKL:
-    """About 0.3 million parameters; two halvings, one attention block in the middle."""
+    """0.4 million parameters and two halvings, or 0.6 million and three; one attention block in the middle.
+
+    As many numbers in a latent either way: the second hands a transformer 64 tokens without patches.
+    """
     sd3 = latent_channels == SD3_CHANNELS
+    widths = (16, 32, 48, 48) if sd3 else (16, 32, 48)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=8,
@@ -48,6 +53,21 @@ def build_vae(latent_channels: int = 4) -> AutoencoderKL:
         use_post_quant_conv=not sd3,
         shift_factor=0.0 if sd3 else None,  # a number here says that there is one; training sets it
     )
+
+
+@torch.no_grad()
+def grow(vae: AutoencoderKL, smaller: AutoencoderKL) -> int:
+    """Copies every weight of a VAE with one halving fewer into `vae` that fits there; how many tensors."""
+    own, copied = vae.state_dict(), 0
+    for name, value in smaller.state_dict().items():
+        head, up, rest = name.partition("decoder.up_blocks.")
+        if up:  # they are counted from the latent on, where the new one is
+            number, _, rest = rest.partition(".")
+            name = f"{head}{up}{int(number) + 1}.{rest}"
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)
+            copied += 1
+    return copied
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:
@@ -69,7 +89,9 @@ def loss(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="folder of a VAE to go on with")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--init", type=Path, help="folder of a VAE to go on with")
+    source.add_argument("--grow", type=Path, help="folder of a VAE with one halving fewer, to start from")
     parser.add_argument("--decoder-only", action="store_true", help="leave encoder and latents as they are")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
@@ -82,6 +104,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     fresh = not args.init
     vae = build_vae(args.latent_channels) if fresh else AutoencoderKL.from_pretrained(args.init, dtype=torch.float32)
+    if args.grow:
+        print(f"{grow(vae, AutoencoderKL.from_pretrained(args.grow, dtype=torch.float32))} tensors of {args.grow}")
     vae = vae.to(args.device, memory_format=torch.channels_last)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)

@@ -17,7 +17,6 @@ from diffalign.process import RectifiedFlow, VariancePreserving, endpoints, targ
 from diffalign.shapes.grammar import CATEGORIES, RELATIONS, SPLITS, inverse, parse, scenes
 from diffalign.shapes.tiny_sd import build_tokenizer
 from diffalign.shapes.train import (
-    CLIP_PADDED,
     CLIP_TOKENS,
     MAX_WEIGHT,
     MODELS,
@@ -27,13 +26,12 @@ from diffalign.shapes.train import (
     T5_LENGTHS,
     UNIFORM_SHARE,
     Trainer,
-    _set_t5_length,
-    _without_padding,
+    _set_text_lengths,
     draw_times,
     weight,
 )
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_loss
-from diffalign.shapes.train_vae import build_vae
+from diffalign.shapes.train_vae import build_vae, grow
 from diffalign.table import resolve
 
 
@@ -52,7 +50,7 @@ def test_sides_of_one_caption_by_hand():
 
 def test_sides_are_asked_from_the_end_token_on_and_a_reader_that_knows_them_has_no_loss():
     captions = ["a green cross right of a red circle", "a red circle"]
-    asked = after_end(build_tokenizer(), captions)
+    asked = after_end(SimpleNamespace(tokenizer=build_tokenizer()), captions)
     assert asked.shape == (2, 77) and (~asked).sum(1).tolist() == [9, 4]  # the start token and the words
     assert asked.diff(dim=1).sum(1).tolist() == [1, 1]  # from there on
     wanted, reader = sides([parse(captions[0])] * 2), side_reader(8)
@@ -84,21 +82,41 @@ def test_a_flow_sees_clean_times_too():
 
 
 def test_a_quarter_of_the_steps_is_padded_as_the_stock_call_pads():
-    pipe, generator = SimpleNamespace(t5_length=0), torch.Generator().manual_seed(0)
-    drawn = [(_set_t5_length(pipe, generator), pipe.t5_length) for _ in range(4000)]
-    padded = [length for is_padded, length in drawn if is_padded]
+    pipe, generator = SimpleNamespace(t5_length=0, stock=SimpleNamespace()), torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(4000):
+        _set_text_lengths(pipe, generator)
+        drawn.append((pipe.stock.tokenizer_max_length, pipe.t5_length))
+    padded = [t5 for clip, t5 in drawn if clip == CLIP_TOKENS[1]]
     assert abs(len(padded) / len(drawn) - (1 - SHORT_SHARE)) < 0.03
     assert min(padded) == T5_LENGTHS[0] and max(padded) >= T5_LENGTHS[1] - 3
-    assert {length for is_padded, length in drawn if not is_padded} == {T5_LENGTHS[0]}
-    assert _set_t5_length(SimpleNamespace(), generator)  # CLIP alone is always padded
+    assert {both for both in drawn if both[0] != CLIP_TOKENS[1]} == {(CLIP_TOKENS[0], T5_LENGTHS[0])}
+    clip_alone = SimpleNamespace(stock=SimpleNamespace())
+    _set_text_lengths(clip_alone, generator)
+    assert not vars(clip_alone.stock)  # is always padded
 
 
-def test_padding_that_is_left_out_is_that_of_clip():
-    embeds = torch.arange(CLIP_PADDED + 16).view(1, -1, 1)
-    kept = _without_padding({"prompt_embeds": embeds, "text_embeds": torch.ones(1)})
-    assert kept["prompt_embeds"].flatten().tolist() == [*range(CLIP_TOKENS), *range(CLIP_PADDED, CLIP_PADDED + 16)]
+def test_padding_that_is_left_out_changes_nothing_of_what_clip_says():
     longest = max(len(str(s).split()) for split in SPLITS for c in CATEGORIES for s in scenes(split, c))
-    assert longest + 2 < CLIP_TOKENS  # and what follows the end token is told there too
+    assert longest + 2 < CLIP_TOKENS[0]  # and what follows the end token is told there too
+    stock = MODELS["tiny-sd3"](build_vae(16))
+    pipe, length = resolve(PIPELINES, type(stock).__name__, "family")(stock, "tiny-sd3"), {}
+    for pipe.stock.tokenizer_max_length in CLIP_TOKENS:
+        length[pipe.stock.tokenizer_max_length] = pipe.encode_prompts(["a red circle", ""])
+    short, padded = (length[tokens] for tokens in CLIP_TOKENS)
+    torch.testing.assert_close(short["text_embeds"], padded["text_embeds"])
+    kept = [*range(CLIP_TOKENS[0]), *range(CLIP_TOKENS[1], CLIP_TOKENS[1] + pipe.t5_length)]
+    torch.testing.assert_close(short["prompt_embeds"], padded["prompt_embeds"][:, kept])
+
+
+def test_a_grown_vae_holds_the_blocks_of_the_smaller_one():
+    small, large = build_vae(4), build_vae(16)
+    assert grow(large, small) == 149  # all but what reads or writes the code
+    for old, new in ((small.encoder.down_blocks[2].resnets, large.encoder.down_blocks[2].resnets),
+                     (small.decoder.up_blocks[0], large.decoder.up_blocks[1])):  # fmt: skip
+        for a, b in zip(old.parameters(), new.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert large.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 16, 8, 8)
 
 
 def test_the_weight_makes_the_error_of_epsilon_that_of_v_and_leaves_a_flow_alone():
@@ -118,7 +136,9 @@ def test_every_small_model_builds_small_and_learns(name: str):
     vae = build_vae(16 if name == "tiny-sd3" else 4)
     stock = MODELS[name](vae)
     pipe = resolve(PIPELINES, type(stock).__name__, "family")(stock, name)
-    args = argparse.Namespace(seed=0, batch=4, pool=8, pool_steps=100, lr=1e-3, steps=4, ema=0.999, device="cpu")
+    args = argparse.Namespace(
+        seed=0, batch=4, pool=8, pool_steps=100, lr=1e-3, steps=4, ema=0.999, device="cpu", text=None
+    )
     trainer = Trainer(pipe, args)
     before = {key: value.clone() for key, value in trainer.modules.state_dict().items()}
     trainer.teach(1)
