@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 from transformers.image_processing_base import ImageProcessingMixin
 
+from diffalign.rewards.checkpoints import revision_of
 from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Recipe, hf_recipe, openai_recipe, square_recipe
 
 BICUBIC = 3  # PIL's number for it, as preprocessor_config.json writes it
@@ -21,7 +22,7 @@ def _picture_settings(folder: str) -> dict[str, Any] | None:
     names = ("preprocessor_config.json", "processor_config.json")
     if path.is_dir() and not any((path / name).is_file() for name in names):
         return None
-    settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder, revision=revision_of(folder))[0]
     return settings
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 
 from diffalign.assets import asset
+from diffalign.rewards.checkpoints import download, is_hub_id, revision_of
 from diffalign.rewards.preprocess import Recipe
 from diffalign.rewards.tower_recipes import open_clip_recipe, siglip_recipe, transformers_recipe
 
@@ -78,7 +79,7 @@ def load_tower(
     Args:
         model: a folder or hub id of a transformers CLIPModel or SiglipModel, "tiny-clip", or
             "open_clip:ARCHITECTURE/TAG".
-        weights: a local copy instead: the checkpoint's folder, or for open_clip its file.
+        weights: instead of the model's own: the checkpoint's folder or another hub id, or for open_clip a file.
         dtype: of the weights: float32, bfloat16 or float16.
         reward: for messages.
 
@@ -86,11 +87,12 @@ def load_tower(
         ValueError: not to be had, or not a CLIP; the message says what to do.
     """
     kind = dtype_named(dtype)
-    if weights is not None and not Path(weights).exists():
+    known = weights is None or Path(weights).exists() or (is_hub_id(weights) and not model.startswith(OPEN_CLIP))
+    if not known:
         raise ValueError(f"weights of {model}: expected a local file or folder, found nothing at {weights}")
     if model.startswith(OPEN_CLIP):
         return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device, kind, reward)
-    return _load_transformers(model, str(weights or _locate(model)), device, kind, reward)
+    return _load_transformers(str(weights or _locate(model)), device, kind, reward)
 
 
 @dataclass(frozen=True)
@@ -207,18 +209,19 @@ def _locate(model: str) -> str:
     return model
 
 
-def _load_transformers(
-    model: str, folder: str, device: torch.device | str, dtype: torch.dtype, reward: str
-) -> TransformersTower:
+def _load_transformers(folder: str, device: torch.device | str, dtype: torch.dtype, reward: str) -> TransformersTower:
+    revision = revision_of(folder)
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = AutoConfig.from_pretrained(folder, revision=revision).model_type
         if kind not in KINDS:
             raise ValueError(f"its model_type is {kind}, not {' or '.join(KINDS)}")
         # the dtype is explicit: transformers 5 would load an fp16 file as an fp16 model, also on a CPU
-        loaded: Any = KINDS[kind].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = KINDS[kind].from_pretrained(
+            folder, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(_not_to_be_had(model, folder, error, reward)) from error
+        raise ValueError(_not_to_be_had(folder, error, reward)) from error
     clip, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder}: the checkpoint lacks weights of a CLIPModel: {missing[:3]} ...")
@@ -229,15 +232,16 @@ def _load_transformers(
     return TransformersTower(clip.requires_grad_(False).eval().to(device, dtype), tokenizer, recipe)
 
 
-def _not_to_be_had(model: str, folder: str, error: Exception, reward: str) -> str:
+def _not_to_be_had(folder: str, error: Exception, reward: str) -> str:
     reason = str(error).strip().splitlines()[0]
     if Path(folder).exists():
         return (
             f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
         )
     return (
-        f"{model}: neither a folder here nor to be had from the hub ({reason}); with a network, run `hf download "
-        f"{model}` once, or give a local copy: weights=FOLDER, on the command line --weights {reward}=FOLDER"
+        f"{folder}: neither a folder here nor to be had from the hub ({reason}); with a network, run "
+        f"`{download(folder)}` once, or give a local copy: weights=FOLDER, on the command line "
+        f"--weights {reward}=FOLDER"
     )
 
 
