@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+# what torch and safetensors raise on files that are cut or no checkpoints; torch's unpickler trips over any of the last
+UNREADABLE = (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
+              AssertionError, struct.error)  # fmt: skip
 
 # what the hub had when these rewards were written; a repository that is overwritten later does not change a score
 REVISIONS = {
@@ -151,7 +156,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: expected tensors by name, got a pickle that runs code when it is read ({_first_line(error)}); "
             f"convert it to a state dict where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: expected a checkpoint, could not read it ({_first_line(error)}); it may be "
                          f"incomplete: download it again") from error  # fmt: skip
     if not isinstance(state, Mapping):

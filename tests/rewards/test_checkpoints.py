@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import shutil
 import urllib.error
@@ -150,6 +151,14 @@ def test_pickles_that_run_code_and_damaged_files_are_refused(tmp_path: Path, cap
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="expected tensors by name, got list"):
         read_state(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_that_are_no_checkpoint_are_refused_not_a_traceback(tmp_path: Path, seed: int):
+    path = tmp_path / "noise.pt"
+    path.write_bytes(random.Random(seed).randbytes(seed * 7) if seed else b"another file")
+    with pytest.raises(ValueError, match="noise.pt: expected"):
+        read_state(path)
 
 
 def test_every_key_is_wanted_and_no_other(tmp_path: Path):
