@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import image_transform
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.rewards.base import Reward, Weighted
 from diffalign.rewards.blip import BertSizes, ViTSizes
@@ -70,6 +71,7 @@ class Scorer:
         fresh: the rewards anew, without a prompt in their caches.
         plain: term -> a score the plain way.
         pil_resizes: that PIL does of one picture for all terms: one per recipe; the letterbox is torch's.
+        cast: gives the networks the type that is timed; scores are compared before, in fp32.
     """
 
     name: str
@@ -77,30 +79,32 @@ class Scorer:
     plain: dict[str, Plain]
     towers: tuple[CountedTower, ...]
     pil_resizes: int
+    cast: Callable[[], object] = lambda: None
 
 
 def vit_b32(device: str = "cpu", architecture: str = "ViT-B-32") -> Scorer:
     """One CLIP of that size, fp32."""
-    tower = _tower(architecture, openai_recipe(SIZE), device, torch.float32, seed=0)
+    tower = _tower(architecture, openai_recipe(SIZE), device, seed=0)
     return Scorer("clip, ViT-B/32", lambda: Cosine(tower, 100.0), {"clip": _plain(tower)}, (tower,), 1)
 
 
 def vit_b32_twice(device: str = "cpu", architecture: str = "ViT-B-32") -> Scorer:
     """Two with one recipe: what is shared shows."""
-    towers = [_tower(architecture, openai_recipe(SIZE), device, torch.float32, seed) for seed in (0, 1)]
+    towers = [_tower(architecture, openai_recipe(SIZE), device, seed) for seed in (0, 1)]
     return _together("two of one recipe, ViT-B/32", towers, 1)
 
 
 def vit_h14(device: str, architecture: str = "ViT-H-14") -> Scorer:
-    """HPSv2.1's size and recipe, bf16. Its plain way resizes by torch, as the released code does."""
-    tower = _tower(architecture, letterbox_recipe(SIZE), device, torch.bfloat16, seed=0)
-    return Scorer("hpsv2.1, ViT-H/14", lambda: Cosine(tower, 100.0), {"clip": _plain(tower)}, (tower,), 0)
+    """HPSv2.1's size and recipe, timed in bf16. Its plain way resizes by torch, as the released code does."""
+    tower = _tower(architecture, letterbox_recipe(SIZE), device, seed=0)
+    return Scorer("hpsv2.1, ViT-H/14", lambda: Cosine(tower, 100.0), {"clip": _plain(tower)}, (tower,), 0,
+                  lambda: tower.model.bfloat16())  # fmt: skip
 
 
 def four_of_reno(device: str, architecture: str = "ViT-H-14", small: bool = False) -> Scorer:
-    """HPSv2, PickScore, CLIP, all ViT-H/14, and ImageReward, bf16; PickScore and CLIP share a recipe, as there."""
+    """HPSv2, PickScore, CLIP, all ViT-H/14, and ImageReward, timed in bf16; two share a recipe."""
     recipes = {"hpsv2.1": letterbox_recipe(SIZE), "pickscore": hf_recipe(SIZE), "clip": hf_recipe(SIZE)}
-    towers = {name: _tower(architecture, recipe, device, torch.bfloat16, seed)
+    towers = {name: _tower(architecture, recipe, device, seed)
               for seed, (name, recipe) in enumerate(recipes.items())}  # fmt: skip
     network = _imagereward(device, small)
     plain = {name: _plain(tower) for name, tower in towers.items()} | {"imagereward": _plain_blip(network)}
@@ -109,7 +113,8 @@ def four_of_reno(device: str, architecture: str = "ViT-H-14", small: bool = Fals
         terms: dict[str, tuple[Reward, float]] = {name: (Cosine(t, 100.0), 1.0) for name, t in towers.items()}
         return Weighted(terms | {"imagereward": (RandomImageReward(network), 1.0)})
 
-    return Scorer("four of ReNO", fresh, plain, tuple(towers.values()), 2)
+    networks = [network.blip, *(tower.model for tower in towers.values())]
+    return Scorer("four of ReNO", fresh, plain, tuple(towers.values()), 2, lambda: [n.bfloat16() for n in networks])
 
 
 def _together(name: str, towers: list[CountedTower], pil_resizes: int) -> Scorer:
@@ -123,22 +128,30 @@ def _together(name: str, towers: list[CountedTower], pil_resizes: int) -> Scorer
     )
 
 
-def _tower(architecture: str, recipe: Recipe, device: str, dtype: torch.dtype, seed: int) -> CountedTower:
-    torch.manual_seed(seed)
+def _tower(architecture: str, recipe: Recipe, device: str, seed: int) -> CountedTower:
     model: Any = open_clip.create_model(architecture, pretrained=None, device=device).requires_grad_(False).eval()
-    return CountedTower(model.to(dtype), open_clip.get_tokenizer(architecture), recipe)
+    _fill(model, seed)
+    return CountedTower(model, open_clip.get_tokenizer(architecture), recipe)
 
 
 def _imagereward(device: str, small: bool) -> ImageRewardNetwork:
     width, layers = (64, 1) if small else (1024, 24)
-    torch.manual_seed(0)
     vision = ViTSizes(grid=14, patch=16, width=width, hidden=4 * width, layers=layers, heads=width // 64)
     layers = 1 if small else 12
     text = BertSizes(words=30524, positions=512, width=768, seen_width=width, hidden=3072, layers=layers, heads=12)
     with torch.device(device):
         network = ImageRewardNetwork(vision, text).requires_grad_(False).eval()
-    network.blip.to(torch.bfloat16)
+    _fill(network, seed=0)
     return network
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, seed: int) -> None:
+    """Weights that let scores move with pictures and prompts; as they are made, some networks are near a constant."""
+    torch.manual_seed(seed)
+    for weight in network.parameters():
+        if weight.ndim >= 2:
+            weight.normal_(std=1.3 / math.sqrt(math.prod(weight.shape[1:])))
 
 
 def _plain(tower: CountedTower) -> Plain:
