@@ -31,7 +31,7 @@ from diffalign.evaluation import score_images
 PER_PROMPT, SEED = 4, 7
 TOLERANCE = 1e-4  # of the scores, relative to the largest: the same fp32 numbers, summed in another order
 SPREAD = 0.01  # of the scores, relative to the largest; else agreement would show nothing
-RATIO, TENSORS = "from files, times the plain way", "from tensors, scores/s"
+RATIO, TENSORS = "from files, times the plain way", "from tensors, pictures/s"
 GOALS = {("clip, ViT-B/32", RATIO): 1.5, ("hpsv2.1, ViT-H/14", TENSORS): 1200.0, ("four of ReNO", TENSORS): 350.0}
 WORDS = ("red", "small", "wooden", "quiet", "open", "round", "old", "bright")
 THINGS = ("boat", "kitchen", "fox", "tower", "garden", "train", "bottle", "bridge")
@@ -124,8 +124,8 @@ def figures(times: Times, count: int) -> dict[str, float]:
     """Pictures a second of each way, each scored by every term of the row, and ratios to the plain way."""
     rates = {name: count / median(seconds) for name, seconds in times.items()}
     return {
-        "plain, scores/s": rates["plain"],
-        "from files, scores/s": rates["files"],
+        "plain, pictures/s": rates["plain"],
+        "from files, pictures/s": rates["files"],
         TENSORS: rates["tensors"],
         RATIO: rates["files"] / rates["plain"],
         "from tensors, times the plain way": rates["tensors"] / rates["plain"],

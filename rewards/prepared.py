@@ -7,12 +7,11 @@ one's own share without knowing it, as long as they take their pictures through 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -63,4 +62,4 @@ def once(make: Callable[..., Result], source: Any, *args: Hashable) -> Result:
 
 
 def _identity(source: Any) -> Hashable:
-    return id(source) if isinstance(source, Tensor) else tuple(map(id, source))
+    return tuple(map(id, source)) if isinstance(source, Sequence) else id(source)

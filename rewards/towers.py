@@ -195,7 +195,8 @@ class OpenCLIPTower:
 def _state(model: Any, weights: Sequence[Tensor]) -> Hashable:
     """Every write in place counts up the version of its tensor; a move or a cast gives it other memory."""
     first = model.logit_scale  # anew from the model: other parameters may have been put in the place of `weights`
-    return first.device, first.dtype, first.data_ptr(), first._version, sum(weight._version for weight in weights)
+    versions = sum(0 if weight.is_inference() else weight._version for weight in (first, *weights))
+    return first.device, first.dtype, first.data_ptr(), versions
 
 
 def _projected(output: Any) -> Tensor:

@@ -63,20 +63,20 @@ def measure(name: str) -> Gaps:
         dtype: (_scores(small.build(dtype=dtype), small.prompts, pictures) - exact).abs().max().item()
         for dtype in ("bfloat16", "float16")
     }
-    pixels = [_pixels(picture) for picture in pictures]
+    pixels = [as_pixels(picture) for picture in pictures]
     float_gap = (_scores(reward, small.prompts, pixels) - exact).abs()
-    with without_antialiasing():
+    with resizing(antialias=False):
         aliased = (_scores(reward, small.prompts, pixels) - exact).abs()
     return Gaps(exact.std().item(), float_gap.median().item(), float_gap.max().item(), **drift,
                 aliased=aliased.max().item())  # fmt: skip
 
 
 @contextmanager
-def without_antialiasing() -> Iterator[None]:
-    """Resizes as torchvision resized tensors before 0.17."""
+def resizing(**other: Any) -> Iterator[None]:
+    """Wrong float recipes: `antialias=False` as torchvision before 0.17, `mode="bilinear"` as AlignProp."""
 
-    def interpolate(x: Tensor, antialias: bool = False, **keywords: Any) -> Tensor:
-        return F.interpolate(x, antialias=False, **keywords)
+    def interpolate(x: Tensor, **keywords: Any) -> Tensor:
+        return F.interpolate(x, **keywords | other)
 
     preprocess.F = SimpleNamespace(interpolate=interpolate, pad=F.pad)  # type: ignore[attr-defined]
     try:
@@ -95,7 +95,7 @@ def _repeated(image: Any, count: int) -> Any:
     return image.expand(count, -1, -1, -1) if isinstance(image, Tensor) else [image] * count
 
 
-def _pixels(picture: Image.Image) -> Tensor:
+def as_pixels(picture: Image.Image) -> Tensor:
     """[1, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 

@@ -136,6 +136,12 @@ def test_a_source_that_is_gone_is_not_taken_for_a_new_one():
             assert once(total, torch.full((3,), float(value)), 2.0) == 6 * value
 
 
+@pytest.mark.parametrize(("images", "message"), [(Image.new("RGB", (4, 4)), "wrap one in a list"), (None, "NoneType")])
+def test_wrong_inputs_are_named_in_a_sum_too(two, images, message):
+    with pytest.raises(ValueError, match=message):
+        two(images, ["a"])
+
+
 def test_a_failure_leaves_no_scope(two, photographs):
     with pytest.raises(ValueError, match="one prompt per picture"):
         two(photographs, ["a"])

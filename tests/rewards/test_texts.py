@@ -106,6 +106,14 @@ def test_what_inference_mode_left_serves_a_gradient(reward, photographs, pixels_
     assert not reward.text_features(["a cat"]).requires_grad
 
 
+def test_a_tower_that_inference_mode_made_is_asked_like_any_other(clip_folder, reward, photographs):
+    with torch.inference_mode():
+        made = load_reward("clip", weights=clip_folder)
+        assert torch.equal(made(photographs[:1], ["a cat"]), reward(photographs[:1], ["a cat"]))
+    with torch.no_grad():
+        assert torch.equal(made(photographs[:1], ["a cat"]), reward(photographs[:1], ["a cat"]))
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_rows_of_one_batch_are_memory_of_their_own(name, request):
     reward = load_reward(name, weights=request.getfixturevalue(f"{name}_folder"))
