@@ -14,7 +14,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -39,6 +39,10 @@ bench: .venv/installed
 # the same at full size on one GPU: one call, nothing to download, under 9 minutes
 bench-gpu: .venv/installed
 	$(BIN)/python -m benchmarks.gpu --minutes 9 --out runs/bench-gpu.json
+
+# rewards against the plain way, on the CPU
+bench-rewards: .venv/installed
+	$(BIN)/python -m benchmarks.rewards --out runs/bench-rewards.json
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

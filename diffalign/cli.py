@@ -41,6 +41,7 @@ Attention = Annotated[str, typer.Option(help="Kernel of attention: auto, flash, 
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures at once.")]
+FittingBatchSize = Annotated[int | None, typer.Option(help="Pictures at once; if not given, what the device holds.")]
 
 
 @app.command()
@@ -127,7 +128,7 @@ def score(
     settings: Set = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    batch_size: BatchSize = 32,
+    batch_size: FittingBatchSize = None,
     device: Device = None,
     attention: Attention = "auto",
     as_json: Json = False,

@@ -170,13 +170,13 @@ def draw_pictures(
 
 
 def score_pictures(
-    rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int, device: str, attention: str
+    rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int | None, device: str, attention: str
 ) -> Result:
     """Every reward's score of every (picture, prompt), and their means."""
     files, prompts = [file for file, _ in pictures], [prompt for _, prompt in pictures]
     require(attention, torch.device(device), torch.float32)
     with progress_bar("scoring", len(files)) as advance, preferring(attention):
-        scores = score_images(rewards, files, prompts, batch_size=batch_size, progress=advance)
+        scores = score_images(rewards, files, prompts, batch_size=batch_size, device=device, progress=advance)
     names = list(scores)
     mean = {name: sum(values) / len(values) for name, values in scores.items()}
     rows = [

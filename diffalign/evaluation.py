@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffalign.fitting import batch_size_for, in_batches, side_of
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
@@ -111,22 +113,33 @@ def score_images(
     images: Sequence[Image.Image | str | Path],
     prompts: Sequence[str],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Scores of pictures, given as PIL or as files: reward -> one score per picture; every term of a `Weighted`.
 
+    Args:
+        batch_size: pictures at once; None for as many as `device` holds by an estimate. Where the memory runs out it
+            is halved, and the batch is done again.
+        device: where the rewards are; only read to choose a batch size.
+
     Raises:
-        ValueError: counts that differ, no picture, or a file that is not a whole picture (named).
+        ValueError: counts that differ, no picture, a file that is not a whole picture (named), a batch size below 1, or
+            a picture that alone does not fit the memory.
     """
     if len(images) != len(prompts) or not images:
         raise ValueError(f"expected at least one picture and one prompt each, got {len(images)} and {len(prompts)}")
     scores: Scores = defaultdict(list)
-    for start in range(0, len(images), batch_size):
-        pictures = [_opened(image) for image in images[start : start + batch_size]]
-        _extend(scores, _score(rewards, pictures, prompts[start : start + batch_size]))
+
+    def batch(some: slice) -> Scores:
+        return _score(rewards, [_opened(image) for image in images[some]], prompts[some])
+
+    size = batch_size_for(side_of(rewards), device) if batch_size is None else batch_size
+    for some, found in in_batches(len(images), size, batch):
+        _extend(scores, found)
         if progress:
-            progress(len(pictures))
+            progress(some.stop - some.start)
     return dict(scores)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,17 +32,29 @@ REWARDS: dict[str, str] = {
 }
 
 
-def load_reward(name: str, /, *, device: torch.device | str = "cpu", **keywords: object) -> Reward:
+def load_reward(
+    name: str,
+    /,
+    *,
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    **keywords: Any,
+) -> Reward:
     """One reward by name, or by the dotted path of your own.
 
     Args:
+        weights: a local file or folder, or a hub id, instead of the official checkpoint.
         device: where its weights live, if it has any.
-        keywords: those of its constructor.
+        dtype: of its networks, "bfloat16" or torch.bfloat16; None is the reward's own choice, float32 for most.
+        keywords: the others of its constructor.
 
     Raises:
         ValueError: unknown name or keyword, or a checkpoint that is not to be had; the message says what to do.
     """
-    reward: Reward = build(REWARDS, {"name": name, **keywords}, what="reward", device=device)
+    given = {"weights": weights, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    named = {key: value for key, value in given.items() if value is not None}  # what has none says so if it is given
+    reward: Reward = build(REWARDS, {"name": name, **named, **keywords}, what="reward", device=device)
     return reward
 
 
@@ -61,7 +75,7 @@ def load_rewards(
 
 
 def _weighted(label: str, section: float | Mapping[str, object], device: torch.device | str) -> tuple[Reward, float]:
-    keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
+    keywords: dict[str, Any] = dict(section) if isinstance(section, Mapping) else {"weight": section}
     weight = coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
     name = str(keywords.pop("name", label))
     return load_reward(name, device=device, **keywords), weight

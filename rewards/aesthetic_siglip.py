@@ -19,7 +19,7 @@ from transformers import SiglipVisionModel
 
 from diffalign.rewards.affine import AffineScore
 from diffalign.rewards.base import Card
-from diffalign.rewards.checkpoints import UrlFile
+from diffalign.rewards.checkpoints import UrlFile, download, revision_of
 from diffalign.rewards.preprocess import square_recipe
 from diffalign.rewards.towers import dtype_named
 
@@ -70,11 +70,13 @@ class AestheticV25(AffineScore):
         dtype: str = "float32",
     ) -> None:
         try:
-            tower: Any = SiglipVisionModel.from_pretrained(backbone, dtype=dtype_named(dtype))
+            tower: Any = SiglipVisionModel.from_pretrained(
+                backbone, revision=revision_of(backbone), dtype=dtype_named(dtype)
+            )
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.name}: {backbone} is neither the folder of a SigLIP model nor to be had from the "
-                             f"hub ({reason}); with a network, run `hf download {backbone}` once, or give a local copy "
+                             f"hub ({reason}); with a network, run `{download(backbone)}` once, or give a local copy "
                              f"as backbone=FOLDER") from error  # fmt: skip
         self.tower = tower.requires_grad_(False).eval().to(device)
         super().__init__(square_recipe(tower.config.image_size, HALF, HALF), weights, device)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.rewards.prepared import once, shared
 from diffalign.rewards.preprocess import to_pictures
 
 Images = Tensor | Sequence[Image.Image]
@@ -94,7 +95,7 @@ def dispatch(
     Raises:
         ValueError: see `Reward.__call__`.
     """
-    check_images(images)
+    once(check_images, images)
     check_prompts(prompts, len(images))
     if not isinstance(images, Tensor):
         with full_precision(), torch.no_grad():
@@ -103,14 +104,14 @@ def dispatch(
         raise ValueError(
             f"reward {name!r} has no gradient, but pixels that require one were given; pass pixels.detach()"
         )
-    flat, frames = flatten_frames(images)
+    frames = 1 if images.ndim == 4 else images.shape[1]
     flat_prompts = [prompt for prompt in prompts for _ in range(frames)]
     if differentiable is not None and images.is_floating_point():
         with full_precision():
-            scores = differentiable(flat.float(), flat_prompts)
+            scores = differentiable(once(_floats, images), flat_prompts)
     else:
         with full_precision(), torch.no_grad():
-            scores = exact(to_pictures(flat), flat_prompts)
+            scores = exact(once(_pictures, images), flat_prompts)
     return scores.float().to(images.device).view(-1, frames).mean(1)
 
 
@@ -162,6 +163,14 @@ def flatten_frames(images: Tensor) -> tuple[Tensor, int]:
     return images.flatten(0, 1), images.shape[1]
 
 
+def _floats(images: Tensor) -> Tensor:
+    return flatten_frames(images)[0].float()
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    return to_pictures(flatten_frames(images)[0])
+
+
 def _check_pixels(pixels: Tensor) -> None:
     shape = list(pixels.shape)
     if pixels.ndim not in (4, 5) or shape[-3] != 3 or 0 in shape:
@@ -170,7 +179,7 @@ def _check_pixels(pixels: Tensor) -> None:
         return
     if not pixels.is_floating_point():
         raise ValueError(f"expected uint8 pixels in 0..255 or float pixels in [0, 1], got {pixels.dtype}")
-    low, high = pixels.detach().amin().item(), pixels.detach().amax().item()
+    low, high = torch.stack(pixels.detach().aminmax()).tolist()  # read from the device in one go
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN fails as well
         raise ValueError(
             f"expected float pixels in [0, 1], got values from {low:.4g} to {high:.4g}; "
@@ -180,6 +189,8 @@ def _check_pixels(pixels: Tensor) -> None:
 
 class Weighted:
     """A weighted sum of rewards, itself a reward. `terms` keeps what each gave in the latest call, unweighted.
+
+    Rewards with the same recipe share one resize of each picture, and with it the gradient through it.
 
     A weight of 0 is allowed: that reward is only logged, without gradient, as a held-out reward should be.
 
@@ -213,7 +224,8 @@ class Weighted:
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """sum_k w_k r_k, [B]; see `Reward.__call__`."""
-        scores = {name: self._score(name, images, prompts) for name in self.rewards}
+        with shared():
+            scores = {name: self._score(name, images, prompts) for name in self.rewards}
         self.terms = {name: score.detach() for name, score in scores.items()}
         # one that is only logged is left out: where its score is missing, 0 times NaN would be NaN
         counted = [self.weights[name] * score for name, score in scores.items() if self.weights[name]]

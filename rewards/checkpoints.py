@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+# what torch and safetensors raise on files that are cut or no checkpoints; torch's unpickler trips over any of the last
+UNREADABLE = (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
+              AssertionError, struct.error)  # fmt: skip
+
+# what the hub had when these rewards were written; a repository that is overwritten later does not change a score
+REVISIONS = {
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "google/siglip-so400m-patch14-384": "9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
+}
+
+
+def revision_of(repo: str) -> str:
+    """The pinned commit of a hub repository, "main" for one that is not pinned."""
+    return REVISIONS.get(repo, "main")
+
+
+def download(repo: str, file: str = "") -> str:
+    """The command that brings a repository, or one file of it, into the cache."""
+    pinned = f"--revision {REVISIONS[repo]}" if repo in REVISIONS else ""
+    return " ".join(part for part in ("hf download", repo, file, pinned) if part)
+
+
+def is_hub_id(weights: str | Path) -> bool:
+    """Whether it has the form owner/name; a path that exists is a path all the same."""
+    return str(weights).count("/") == 1 and not Path(weights).is_absolute() and not Path(weights).exists()
+
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a hub repository; `sha256` where it is known, and then it is checked."""
+    """One file of a hub repository, at its pinned revision; `sha256` where it is known, and then it is checked."""
 
     repo: str
     name: str
     sha256: str | None = None
-    revision: str | None = None
 
     def locate(self, reward: str, weights: str | Path | None = None) -> Path:
         """The file on this machine.
@@ -40,19 +69,18 @@ class HubFile:
             path = Path(weights)
             if path.is_file() or (path / self.name).is_file():
                 return path if path.is_file() else path / self.name
-            if path.exists() or str(weights).count("/") != 1 or path.is_absolute():
+            if not is_hub_id(weights):
                 raise ValueError(f"weights of {reward}: expected the file {self.name}, a folder that holds it, or a "
                                  f"hub id, found nothing at {weights}")  # fmt: skip
         return self._fetched(reward, self.repo if weights is None else str(weights))
 
     def _fetched(self, reward: str, repo: str) -> Path:
-        revision = self.revision if repo == self.repo else None
         try:
-            path = Path(hf_hub_download(repo, self.name, revision=revision))
+            path = Path(hf_hub_download(repo, self.name, revision=revision_of(repo)))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
             raise ValueError(
                 f"{reward}: {self.name} of {repo} is not on this machine and not to be had from the hub "
-                f"({_first_line(error)}); with a network, run `hf download {repo} {self.name}` once, or give a local "
+                f"({_first_line(error)}); with a network, run `{download(repo, self.name)}` once, or give a local "
                 f"copy: weights=FILE, on the command line --weights {reward}=FILE"
             ) from error
         if repo == self.repo:
@@ -73,17 +101,13 @@ class UrlFile:
 
         Args:
             reward: its name, for the message.
-            weights: instead of a download: the file, or a folder that holds it.
+            weights: instead of a download: the file, a folder that holds it, or a hub id with it.
 
         Raises:
             ValueError: not to be had, or another file than the one that is expected.
         """
         if weights is not None:
-            found = [path for path in (Path(weights), Path(weights) / self.name) if path.is_file()]
-            if not found:
-                raise ValueError(f"weights of {reward}: expected the file {self.name} or a folder that holds it, found "
-                                 f"nothing at {weights}")  # fmt: skip
-            return found[0]
+            return HubFile(self.url, self.name).locate(reward, weights)
         path = Path(torch.hub.get_dir()) / "checkpoints" / self.name
         if not path.is_file():
             self._download(reward, path)
@@ -132,7 +156,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path}: expected tensors by name, got a pickle that runs code when it is read ({_first_line(error)}); "
             f"convert it to a state dict where you trust it"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: expected a checkpoint, could not read it ({_first_line(error)}); it may be "
                          f"incomplete: download it again") from error  # fmt: skip
     if not isinstance(state, Mapping):

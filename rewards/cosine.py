@@ -22,6 +22,7 @@ from diffalign.rewards.base import (
     full_precision,
 )
 from diffalign.rewards.preprocess import to_pictures
+from diffalign.rewards.texts import TextFeatures
 from diffalign.rewards.towers import Tower
 
 
@@ -33,8 +34,8 @@ class CosineScore(ABC):
 
     def __init__(self, tower: Tower, scale: float) -> None:
         self.tower, self.scale = tower, scale
-        self._tell_cut = CutPrompts(self.name)
-        self._known: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
+        tell_cut = CutPrompts(self.name)
+        self._texts = TextFeatures(new=lambda prompts: tell_cut(tower.too_long(prompts)))
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`."""
@@ -51,17 +52,10 @@ class CosineScore(ABC):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """[B, D] of unit length, without gradient, on the towers' device; a prompt that is too long is cut, said once.
 
-        The latest set of prompts is kept. The key is the whole set, not the prompt, so that no result depends on what
-        was asked before: a row changes in its last bits with the size of its batch.
+        A prompt is encoded once, however often and with whatever others it is asked for; see `TextFeatures`.
         """
         check_prompts(prompts, len(prompts))
-        distinct = tuple(dict.fromkeys(prompts))
-        if distinct != self._known[0]:
-            self._tell_cut(self.tower.too_long(distinct))
-            with full_precision():
-                self._known = (distinct, F.normalize(self.tower.text_features(distinct), dim=-1))
-        index = {prompt: row for row, prompt in enumerate(distinct)}
-        return self._known[1][[index[prompt] for prompt in prompts]]
+        return self._texts(self.tower, prompts)
 
     def _score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self._cosine(self._embed_pictures(pictures), prompts)

@@ -39,6 +39,7 @@ class _HPS(CosineScore):
     """
 
     file: ClassVar[str]
+    sha256: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class _HPS(CosineScore):
         architecture: str = "ViT-H-14",
         antialias: bool = True,
     ) -> None:
-        path = HubFile(REPO, self.file).locate(self.name, weights)
+        path = HubFile(REPO, self.file, self.sha256).locate(self.name, weights)
         state = read_state(path)
         if "state_dict" not in state:
             raise ValueError(f"{path}: expected the official container {{'state_dict': ...}}, got {sorted(state)[:3]}")
@@ -91,4 +92,5 @@ class HPSv21(_HPS):
 
     name: ClassVar[str] = "hpsv2.1"
     file: ClassVar[str] = "HPS_v2.1_compressed.pt"
+    sha256: ClassVar[str | None] = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
     card = _card(file)

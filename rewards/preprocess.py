@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffalign.rewards.prepared import once
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip/clip.py; BLIP and the laion models use the same
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -25,7 +27,11 @@ Margin = Callable[[int], int]  # what is left over along one side -> where the c
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model's pictures are made: both versions for a side of `size` pixels, then (x - mean) / std."""
+    """How one model's pictures are made: both versions for a side of `size` pixels, then (x - mean) / std.
+
+    A value: recipes of equal fields are equal, and `Weighted` makes a picture once for all that agree in function and
+    size. So `exact` and `differentiable` are functions of a module, not made anew for each recipe.
+    """
 
     exact: Callable[[Image.Image, int], Tensor]  # any picture -> [3, size, size] in [0, 1]
     differentiable: Callable[[Tensor, int], Tensor]  # [B, 3, H, W] -> [B, 3, size, size], both in [0, 1]
@@ -39,12 +45,11 @@ class Recipe:
         Raises:
             ValueError: a picture with more than 8 bits per channel.
         """
-        return self._normalized(torch.stack([self.exact(picture, self.size) for picture in pictures]))
+        return self._normalized(once(_made, pictures, self.exact, self.size))
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, size, size], fp32, of pixels [B, 3, H, W] in [0, 1], by the differentiable version."""
-        # resizing in bf16 costs 3e-3 per pixel, more than all other differences together
-        return self._normalized(self.differentiable(pixels.float(), self.size))
+        return self._normalized(once(_made_soft, pixels, self.differentiable, self.size))
 
     def _normalized(self, x: Tensor) -> Tensor:
         return (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
@@ -71,10 +76,8 @@ def letterbox_recipe(size: int, antialias: bool = True, mean: Triple = CLIP_MEAN
     `antialias=False` is what torchvision did before 0.17.
     """
 
-    def pixels(x: Tensor, side: int) -> Tensor:
-        return letterbox_pixels(x, side, antialias)
-
-    return Recipe(lambda picture, side: pixels(_tensor(to_rgb(picture))[None], side)[0], pixels, size, mean, std)
+    exact, soft = (letterbox_picture, letterbox_pixels) if antialias else (aliased_picture, aliased_pixels)
+    return Recipe(exact, soft, size, mean, std)
 
 
 def hf_picture(picture: Image.Image, size: int) -> Tensor:
@@ -126,6 +129,21 @@ def letterbox_pixels(pixels: Tensor, size: int, antialias: bool = True) -> Tenso
     return F.pad(pixels, (left, rest[0] - left, top, rest[1] - top))
 
 
+def aliased_pixels(pixels: Tensor, size: int) -> Tensor:
+    """`letterbox_pixels` without antialiasing."""
+    return letterbox_pixels(pixels, size, antialias=False)
+
+
+def letterbox_picture(picture: Image.Image, size: int) -> Tensor:
+    """[3, size, size] of any picture, by `letterbox_pixels`."""
+    return letterbox_pixels(_tensor(to_rgb(picture))[None], size)[0]
+
+
+def aliased_picture(picture: Image.Image, size: int) -> Tensor:
+    """[3, size, size] of any picture, by `aliased_pixels`."""
+    return aliased_pixels(_tensor(to_rgb(picture))[None], size)[0]
+
+
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing of pixels [B, 3, H, W] in [0, 1], as PIL does it but unrounded.
 
@@ -169,6 +187,15 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     if pixels.is_floating_point():
         pixels = (pixels.detach().float() * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def _made(pictures: Sequence[Image.Image], exact: Callable[[Image.Image, int], Tensor], size: int) -> Tensor:
+    return torch.stack([exact(picture, size) for picture in pictures])
+
+
+def _made_soft(pixels: Tensor, differentiable: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
+    # resizing in bf16 costs 3e-3 per pixel, more than all other differences together
+    return differentiable(pixels.float(), size)
 
 
 def _bicubic(x: Tensor, height: int, width: int) -> Tensor:

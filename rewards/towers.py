@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,19 +14,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from diffalign.assets import asset
-from diffalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Recipe, hf_recipe, openai_recipe, square_recipe
+from diffalign.rewards.checkpoints import download, is_hub_id, revision_of
+from diffalign.rewards.preprocess import Recipe
+from diffalign.rewards.tower_recipes import open_clip_recipe, siglip_recipe, transformers_recipe
 
 OPEN_CLIP = "open_clip:"
 SHIPPED = ("tiny-clip",)  # folders of diffalign.assets
-BICUBIC = 3  # PIL's number for it, as preprocessor_config.json writes it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNUSED = ("position_ids",)  # ends of keys that old checkpoints hold and nothing reads
 KINDS: dict[str, Any] = {"clip": CLIPModel, "siglip": SiglipModel}  # by model_type; SigLIP 2 of a fixed size too
-HALF = (0.5, 0.5, 0.5)
-OPEN_CLIP_RECIPES = {"shortest": openai_recipe, "squash": square_recipe}
 
 
 class Tower(Protocol):
@@ -44,6 +43,14 @@ class Tower(Protocol):
     @property
     def scale(self) -> float:
         """exp(logit_scale) of the checkpoint, about 100 for every released CLIP."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def state(self) -> Hashable:
+        """Another value after its weights have moved, changed their type or were overwritten."""
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         """The prompts of which the encoder reads only a part."""
@@ -72,7 +79,7 @@ def load_tower(
     Args:
         model: a folder or hub id of a transformers CLIPModel or SiglipModel, "tiny-clip", or
             "open_clip:ARCHITECTURE/TAG".
-        weights: a local copy instead: the checkpoint's folder, or for open_clip its file.
+        weights: instead of the model's own: the checkpoint's folder or another hub id, or for open_clip a file.
         dtype: of the weights: float32, bfloat16 or float16.
         reward: for messages.
 
@@ -80,11 +87,12 @@ def load_tower(
         ValueError: not to be had, or not a CLIP; the message says what to do.
     """
     kind = dtype_named(dtype)
-    if weights is not None and not Path(weights).exists():
+    known = weights is None or Path(weights).exists() or (is_hub_id(weights) and not model.startswith(OPEN_CLIP))
+    if not known:
         raise ValueError(f"weights of {model}: expected a local file or folder, found nothing at {weights}")
     if model.startswith(OPEN_CLIP):
         return _load_open_clip(model.removeprefix(OPEN_CLIP), weights, device, kind, reward)
-    return _load_transformers(model, str(weights or _locate(model)), device, kind, reward)
+    return _load_transformers(str(weights or _locate(model)), device, kind, reward)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,18 @@ class TransformersTower:
     @property
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.logit_scale.device)
+
+    @property
+    def state(self) -> Hashable:
+        return _state(self.model, self._weights)
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list(self.model.parameters())  # walking over a large model takes milliseconds
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
@@ -150,6 +170,18 @@ class OpenCLIPTower:
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.logit_scale.device)
+
+    @property
+    def state(self) -> Hashable:
+        return _state(self.model, self._weights)
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list(self.model.parameters())  # walking over a large model takes milliseconds
+
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         # one column more than the encoder reads: only a prompt that is too long has anything but padding in it
         ids = self.tokenizer([*prompts, ""], context_length=self._context + 1)[:, -1]
@@ -158,6 +190,13 @@ class OpenCLIPTower:
     @property
     def _context(self) -> int:
         return int(self.model.context_length)
+
+
+def _state(model: Any, weights: Sequence[Tensor]) -> Hashable:
+    """Every write in place counts up the version of its tensor; a move or a cast gives it other memory."""
+    first = model.logit_scale  # anew from the model: other parameters may have been put in the place of `weights`
+    versions = sum(0 if weight.is_inference() else weight._version for weight in (first, *weights))
+    return first.device, first.dtype, first.data_ptr(), versions
 
 
 def _projected(output: Any) -> Tensor:
@@ -171,78 +210,40 @@ def _locate(model: str) -> str:
     return model
 
 
-def _load_transformers(
-    model: str, folder: str, device: torch.device | str, dtype: torch.dtype, reward: str
-) -> TransformersTower:
+def _load_transformers(folder: str, device: torch.device | str, dtype: torch.dtype, reward: str) -> TransformersTower:
+    revision = revision_of(folder)
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = AutoConfig.from_pretrained(folder, revision=revision).model_type
         if kind not in KINDS:
             raise ValueError(f"its model_type is {kind}, not {' or '.join(KINDS)}")
         # the dtype is explicit: transformers 5 would load an fp16 file as an fp16 model, also on a CPU
-        loaded: Any = KINDS[kind].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = KINDS[kind].from_pretrained(
+            folder, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(_not_to_be_had(model, folder, error, reward)) from error
+        raise ValueError(_not_to_be_had(folder, error, reward)) from error
     clip, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder}: the checkpoint lacks weights of a CLIPModel: {missing[:3]} ...")
     if surplus := sorted(key for key in report["unexpected_keys"] if not key.endswith(UNUSED)):
         raise ValueError(f"{folder}: the checkpoint has weights that a CLIPModel has not: {surplus[:3]} ...")
     size = clip.config.vision_config.image_size
-    recipe = _siglip_recipe(folder, size) if kind == "siglip" else _transformers_recipe(folder, size)
+    recipe = siglip_recipe(folder, size) if kind == "siglip" else transformers_recipe(folder, size)
     return TransformersTower(clip.requires_grad_(False).eval().to(device, dtype), tokenizer, recipe)
 
 
-def _not_to_be_had(model: str, folder: str, error: Exception, reward: str) -> str:
+def _not_to_be_had(folder: str, error: Exception, reward: str) -> str:
     reason = str(error).strip().splitlines()[0]
     if Path(folder).exists():
         return (
             f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
         )
     return (
-        f"{model}: neither a folder here nor to be had from the hub ({reason}); with a network, run `hf download "
-        f"{model}` once, or give a local copy: weights=FOLDER, on the command line --weights {reward}=FOLDER"
+        f"{folder}: neither a folder here nor to be had from the hub ({reason}); with a network, run "
+        f"`{download(folder)}` once, or give a local copy: weights=FOLDER, on the command line "
+        f"--weights {reward}=FOLDER"
     )
-
-
-def _picture_settings(folder: str) -> dict[str, Any] | None:
-    """Of the checkpoint's processor; None for one that is only a model."""
-    path = Path(folder)
-    names = ("preprocessor_config.json", "processor_config.json")
-    if path.is_dir() and not any((path / name).is_file() for name in names):
-        return None
-    settings: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    return settings
-
-
-def _siglip_recipe(folder: str, image_size: int) -> Recipe:
-    """A square of the whole picture; values that are not stated are SigLIP's."""
-    settings = _picture_settings(folder) or {}
-    sides = {_side(settings, "size", side) or image_size for side in ("height", "width")}
-    if sides != {image_size} or settings.get("resample", BICUBIC) != BICUBIC:
-        raise ValueError(f"{folder}: expected pictures made by a bicubic resize to {image_size} x {image_size}, got "
-                         f"{settings}; use a reward of your own for another recipe")  # fmt: skip
-    return square_recipe(image_size, tuple(settings.get("image_mean", HALF)), tuple(settings.get("image_std", HALF)))
-
-
-def _transformers_recipe(folder: str, image_size: int) -> Recipe:
-    """The checkpoint's own picture settings; one that is only a model, without a processor, gets CLIP's defaults."""
-    settings = _picture_settings(folder)
-    if settings is None:
-        return hf_recipe(image_size)
-    short, crop = _side(settings, "size", "shortest_edge"), _side(settings, "crop_size", "height")
-    if short != crop or crop != image_size or settings.get("resample", BICUBIC) != BICUBIC:
-        raise ValueError(
-            f"{folder}: expected pictures made by a bicubic resize to a short side of {image_size} and a crop of the "
-            f"same, got {settings}; use a reward of your own for another recipe"
-        )
-    return hf_recipe(crop, tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD)))
-
-
-def _side(settings: dict[str, Any], key: str, side: str) -> int | None:
-    """`key` is a number in old files and a dict in new ones."""
-    value = settings.get(key)
-    return value.get(side) if isinstance(value, dict) else value
 
 
 def _load_open_clip(
@@ -259,7 +260,7 @@ def _load_open_clip(
     except (RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(_open_clip_failed(name, weights, error, reward)) from error
     tokenizer = open_clip.get_tokenizer(architecture)
-    return OpenCLIPTower(model.requires_grad_(False).eval().to(dtype), tokenizer, _open_clip_recipe(model))
+    return OpenCLIPTower(model.requires_grad_(False).eval().to(dtype), tokenizer, open_clip_recipe(model))
 
 
 def _open_clip_failed(name: str, weights: str | Path | None, error: Exception, reward: str) -> str:
@@ -284,12 +285,3 @@ def _check_known(what: str, name: str, known: list[str]) -> None:
         return
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     raise ValueError(f"open_clip:ARCHITECTURE/TAG: unknown {what} {name!r}; nearest: {', '.join(near or known[:10])}")
-
-
-def _open_clip_recipe(model: Any) -> Recipe:
-    settings = open_clip.get_model_preprocess_cfg(model)
-    height, width = settings["size"] if isinstance(settings["size"], tuple | list) else (settings["size"],) * 2
-    known = settings["resize_mode"] in OPEN_CLIP_RECIPES and settings["interpolation"] == "bicubic"
-    if height != width or not known:
-        raise ValueError(f"expected a model that reads square, bicubic pictures, got {settings}")
-    return OPEN_CLIP_RECIPES[settings["resize_mode"]](height, tuple(settings["mean"]), tuple(settings["std"]))

@@ -12,17 +12,15 @@ import numpy as np
 import open_clip
 import oracle
 import pytest
+import small_checkpoints
 import torch
-from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, SiglipVisionConfig, SiglipVisionModel
+from small_checkpoints import head_state
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.aesthetic import HEAD
 from diffalign.rewards.affine import AffineHead
 from diffalign.rewards.checkpoints import check_sha256, load_strictly, read_state
 from diffalign.rewards.preprocess import hf_recipe, square_recipe
 
-SIZES = (1024, 128, 64, 16, 1)
 TINY_OPENAI = {
     "embed_dim": 768,
     "quick_gelu": True,
@@ -30,17 +28,6 @@ TINY_OPENAI = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 OFFICIAL_HEAD = "DIFFALIGN_LAION_HEAD"  # path of the released file; the tests that need it are skipped without
-
-
-def head_state(width: int, names: tuple[int, ...], prefix: str) -> dict[str, torch.Tensor]:
-    shapes = zip(names, (width, *SIZES[:-1]), SIZES, strict=True)
-    state = {}
-    for name, fan_in, fan_out in shapes:
-        state |= {
-            f"{prefix}.{name}.weight": torch.empty(fan_out, fan_in),
-            f"{prefix}.{name}.bias": torch.empty(fan_out),
-        }
-    return {key: value.float() for key, value in oracle.seeded(state).items()}
 
 
 def affine(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,23 +43,12 @@ def affine(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("head") / HEAD.name
-    torch.save(head_state(48, (0, 2, 4, 6, 7), "layers"), path)
-    return path
+    return small_checkpoints.aesthetic_head(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=tower | {"eos_token_id": 2}, vision_config=tower | {"patch_size": 14}, projection_dim=48
-    )
-    config.save_pretrained(folder)
-    oracle.clip_tokenizer().save_pretrained(folder)
-    state = oracle.seeded(CLIPModel(config).state_dict(), logit_scale=4.6)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return small_checkpoints.backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +137,7 @@ def test_heads_of_another_layout_are_refused(tmp_path: Path, backbone: Path, hea
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("siglip")
-    config = SiglipVisionConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                image_size=384, patch_size=32)  # fmt: skip
-    model = SiglipVisionModel(config)
-    model.load_state_dict({key: value.float() for key, value in oracle.seeded(model.state_dict()).items()})
-    model.save_pretrained(folder)
-    state = {key: value.bfloat16() for key, value in head_state(48, (0, 2, 4, 6, 8), "scoring_head").items()}
-    torch.save(state, folder / "head.pth")
+    folder = small_checkpoints.aesthetic_siglip(tmp_path_factory.mktemp("siglip"))
     return load_reward("aesthetic-v2.5", weights=folder / "head.pth", backbone=str(folder))
 
 

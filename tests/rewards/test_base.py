@@ -165,6 +165,15 @@ def test_load_reward_names_what_is_wrong():
         load_reward("shapes", mod="score")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_load_reward_takes_a_type_by_name_or_as_torch_has_it(clip_folder, dtype):
+    assert load_reward("clip", weights=clip_folder, dtype=dtype).tower.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="key of reward 'shapes' 'dtype'"):
+        load_reward("shapes", dtype=dtype)
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
+        load_reward("clip", weights=clip_folder, dtype=torch.float64)
+
+
 def test_load_rewards_reads_weights_keywords_and_labels():
     both = load_rewards({"shapes": "5e-1", "graded": {"name": "shapes", "mode": "score", "weight": 2}})
     assert both.weights == {"shapes": 0.5, "graded": 2.0}

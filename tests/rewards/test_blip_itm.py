@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+import small_checkpoints
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.blip import BertSizes, ViTSizes, resized_positions
-from diffalign.rewards.blip_itm import UNUSED, BlipMatcher
+from diffalign.rewards.blip import resized_positions
+from diffalign.rewards.blip_itm import UNUSED
 from diffalign.rewards.blip_score import tokenized
 
-SIDE, SHARED = 64, 24
-VISION = ViTSizes(grid=4, patch=16, width=32, hidden=64, layers=2, heads=4)
-TEXT = BertSizes(words=30524, positions=40, width=36, seen_width=32, hidden=48, layers=2, heads=3)
+SIDE, SHARED = small_checkpoints.BLIP_SIDE, small_checkpoints.BLIP_SHARED
+VISION, TEXT = small_checkpoints.BLIP
 KEYWORDS = {"side": SIDE, "vision_heads": VISION.heads, "text_heads": TEXT.heads}
 NAMES = ["astronaut_512", "coffee_600x400", "portrait_256x400", "small_96x64", "palette_P_512"]
 PROMPTS = ["a cup of tea", "", "An astronaut, smiling", "a cup of tea", "a very long prompt " * 20]
@@ -29,18 +29,7 @@ PROMPTS = ["a cup of tea", "", "An astronaut, smiling", "a cup of tea", "a very 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The container and the keys of a retrieval checkpoint, momentum copies and queues included."""
-    with torch.device("meta"):
-        state = BlipMatcher(VISION, TEXT, SHARED).state_dict()
-    copies = {f"{key.partition('.')[0]}_m.{key.partition('.')[2]}": value for key, value in state.items()}
-    state = oracle.seeded(state) | oracle.seeded({k: v for k, v in copies.items() if not k.startswith("itm_head")})
-    state["text_encoder.embeddings.position_ids"] = torch.arange(TEXT.positions)[None]
-    state |= {"image_queue": torch.zeros(SHARED, 8), "text_queue": torch.zeros(SHARED, 8), "temp": torch.tensor(0.07)}
-    state |= {"idx_queue": torch.full((1, 8), -100), "ptr_queue": torch.zeros(1, dtype=torch.long)}
-    assert all(any(key.startswith(prefix) for key in state) for prefix in UNUSED)
-    path = tmp_path_factory.mktemp("blip") / "model_base_retrieval_coco.pth"
-    torch.save({"model": state, "epoch": 5}, path)
-    return path
+    return small_checkpoints.blip_matching(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +230,7 @@ def test_wrong_files_and_keywords_are_refused(official: Path, tmp_path: Path):
     torch.save(state, tmp_path / "bare.pth")
     torch.save({"model": state | {"itm_head.weight": torch.zeros(3, 36)}}, tmp_path / "other.pth")
     for keywords, message in (
-        ({"weights": tmp_path / "none"}, "expected the file model_base_retrieval_coco.pth or a folder that holds it"),
+        ({"weights": tmp_path / "none"}, "expected the file model_base_retrieval_coco.pth, a folder that holds it"),
         ({"weights": tmp_path / "bare.pth"}, r"expected the official container \{'model'"),
         ({"weights": tmp_path / "other.pth"}, "has other shapes: itm_head.weight"),
         ({"output": "itc"}, "output: expected one of probability, logit, cosine, got 'itc'"),

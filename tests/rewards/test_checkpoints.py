@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import re
+import shutil
 import urllib.error
 from pathlib import Path
 
@@ -11,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffalign.rewards.checkpoints import HubFile, UrlFile, check_sha256, load_strictly, read_state
+from diffalign.rewards import REWARDS, checkpoints, load_reward
+from diffalign.rewards.checkpoints import REVISIONS, HubFile, UrlFile, check_sha256, load_strictly, read_state
+from diffalign.rewards.hps import HPSv21
+from diffalign.table import resolve
 
 FILE = HubFile("owner/model", "weights.pt")
 
@@ -37,6 +43,61 @@ def test_a_hub_file_not_to_be_had_says_what_to_download(monkeypatch: pytest.Monk
     for weights, repo in ((None, "owner/model"), ("other/copy", "other/copy")):
         with pytest.raises(ValueError, match=rf"`hf download {repo} weights.pt` once.*--weights name=FILE"):
             FILE.locate("name", weights)
+
+
+def test_official_files_are_asked_for_at_their_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+
+    def fetch(repo: str, name: str, revision: str) -> str:
+        asked[repo, name] = revision
+        (tmp_path / name).write_bytes(b"another file")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(checkpoints, "hf_hub_download", fetch)
+    for name in ("hpsv2", "imagereward"):
+        with pytest.raises(ValueError, match="could not read it|runs code"):
+            load_reward(name)
+    with pytest.raises(ValueError, match=f"expected the file with sha256 {HPSv21.sha256}"):
+        load_reward("hpsv2.1")
+    with pytest.raises(ValueError, match="could not read it|runs code"):  # somebody's copy: no revision, no hash
+        load_reward("hpsv2.1", weights="some/body")
+    assert asked == {
+        ("xswu/HPSv2", "HPS_v2_compressed.pt"): REVISIONS["xswu/HPSv2"],
+        ("THUDM/ImageReward", "ImageReward.pt"): REVISIONS["THUDM/ImageReward"],
+        ("xswu/HPSv2", "HPS_v2.1_compressed.pt"): REVISIONS["xswu/HPSv2"],
+        ("some/body", "HPS_v2.1_compressed.pt"): "main",
+    }
+
+
+def cached(cache: Path, repo: str, files: Path) -> None:
+    """A snapshot of the pinned revision, as `hf download` leaves it."""
+    place = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / REVISIONS[repo]
+    shutil.copytree(files, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "folder"),
+    [
+        ("clip", "openai/clip-vit-large-patch14", "clip_folder"),
+        ("pickscore", "yuvalkirstain/PickScore_v1", "clip_folder"),
+        ("siglip", "google/siglip-so400m-patch14-384", "siglip_folder"),
+    ],
+)
+def test_a_cached_checkpoint_serves_offline(name, repo, folder, tmp_path, monkeypatch, request, photographs):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"`hf download {repo} --revision {REVISIONS[repo]}` once.*--weights {name}="):
+        load_reward(name)
+    cached(tmp_path, repo, request.getfixturevalue(folder))
+    local = load_reward(name, weights=request.getfixturevalue(folder))
+    for reward in (load_reward(name), load_reward(name, weights=repo)):
+        assert torch.equal(reward(photographs[:2], ["a cat", "tea"]), local(photographs[:2], ["a cat", "tea"]))
+
+
+def test_pinned_revisions_are_commits_of_repositories_that_cards_name():
+    sources = " ".join(resolve(REWARDS, name, "reward").card.source for name in REWARDS)
+    for repo, commit in REVISIONS.items():
+        assert re.fullmatch("[0-9a-f]{40}", commit) and repo in sources
 
 
 def test_a_file_of_a_page_is_downloaded_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -65,6 +126,9 @@ def test_a_page_that_is_down_says_where_to_put_the_file(tmp_path: Path, monkeypa
         UrlFile("https://example.org/head.pth", "head.pth").locate("name")
     with pytest.raises(ValueError, match="found nothing at nowhere"):
         UrlFile("https://example.org/head.pth", "head.pth").locate("name", "nowhere")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="`hf download some/body head.pth` once"):
+        UrlFile("https://example.org/head.pth", "head.pth").locate("name", "some/body")
 
 
 def test_a_hash_that_is_not_known_is_not_checked(tmp_path: Path):
@@ -87,6 +151,14 @@ def test_pickles_that_run_code_and_damaged_files_are_refused(tmp_path: Path, cap
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="expected tensors by name, got list"):
         read_state(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bytes_that_are_no_checkpoint_are_refused_not_a_traceback(tmp_path: Path, seed: int):
+    path = tmp_path / "noise.pt"
+    path.write_bytes(random.Random(seed).randbytes(seed * 7) if seed else b"another file")
+    with pytest.raises(ValueError, match="noise.pt: expected"):
+        read_state(path)
 
 
 def test_every_key_is_wanted_and_no_other(tmp_path: Path):

@@ -113,19 +113,6 @@ def test_scale_scales(clip_folder, reward, photographs, prompts):
         CLIPScore(str(clip_folder), scale=0)
 
 
-def test_a_set_of_prompts_is_encoded_once(clip_folder, photographs, monkeypatch):
-    reward, asked = CLIPScore(str(clip_folder)), []
-    encode = type(reward.tower).text_features
-    monkeypatch.setattr(
-        type(reward.tower), "text_features", lambda self, prompts: asked.append(tuple(prompts)) or encode(self, prompts)
-    )
-    reward(photographs[:3], ["a cat", "tea", "a cat"])
-    reward(photographs[3:6], ["tea", "a cat", "a cat"][::-1])
-    assert asked == [("a cat", "tea")]
-    reward(photographs[:1], ["tea"])
-    assert asked == [("a cat", "tea"), ("tea",)]
-
-
 def test_a_long_prompt_is_cut_and_said_once(reward, photographs, caplog):
     long, longer = "abc " * 30, "abc " * 40
     with caplog.at_level(logging.WARNING):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+import small_checkpoints
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,8 +22,7 @@ from diffalign.rewards.blip_score import bert_tokenizer, tokenized
 from diffalign.rewards.imagereward import MEAN, STD, UNUSED, ImageRewardNetwork
 from diffalign.rewards.preprocess import hf_recipe, square_recipe
 
-VISION = ViTSizes(grid=14, patch=16, width=64, hidden=256, layers=3, heads=4)
-TEXT = BertSizes(words=30524, positions=64, width=48, seen_width=64, hidden=112, layers=2, heads=4)
+VISION, TEXT = small_checkpoints.IMAGEREWARD
 HEADS = {"vision_heads": VISION.heads, "text_heads": TEXT.heads}
 OPAQUE = ["astronaut_512", "coffee_600x400", "chelsea_451x300", "china_640x427", "portrait_256x400", "exact_224"]
 PROMPT = "a cup of tea"
@@ -35,15 +35,7 @@ def meta_network(vision: ViTSizes, text: BertSizes) -> ImageRewardNetwork:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageReward.pt with all keys of the official file, small and in fp16."""
-    state = meta_network(VISION, TEXT).state_dict()
-    for side, width in (("vision", VISION.width), ("text", TEXT.width)):
-        state[f"blip.{side}_proj.weight"] = torch.empty(256, width)
-        state[f"blip.{side}_proj.bias"] = torch.empty(256)
-    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(TEXT.positions)[None]
-    path = tmp_path_factory.mktemp("imagereward") / "ImageReward.pt"
-    torch.save(oracle.seeded(state), path)
-    return path
+    return small_checkpoints.imagereward(tmp_path_factory.mktemp("imagereward"))
 
 
 @pytest.fixture(scope="module")

@@ -4,54 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import oracle
 import pytest
+import small_checkpoints
 import torch
-from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel
 
 from diffalign.rewards import load_reward
 from diffalign.rewards.preprocess import letterbox_recipe, openai_recipe, square_recipe
 
-TINY_HPS = {
-    "embed_dim": 48,
-    "vision_cfg": {"image_size": 224, "layers": 3, "width": 64, "head_width": 16, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
-LOGIT_SCALE = 4.6052  # ln 100
-
 
 @pytest.fixture(scope="module")
 def pickscore_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the hub has it: model, tokenizer and processor."""
-    folder = tmp_path_factory.mktemp("pickscore")
-    tower = {"hidden_act": "gelu", "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = tower | {"hidden_size": 32, "bos_token_id": 0, "eos_token_id": 2}
-    vision = tower | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-                      "patch_size": 14}  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
-    config.save_pretrained(folder)
-    oracle.clip_tokenizer().save_pretrained(folder)
-    state = oracle.seeded(CLIPModel(config).state_dict(), logit_scale=LOGIT_SCALE)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return small_checkpoints.pickscore(tmp_path_factory.mktemp("pickscore"))
 
 
 @pytest.fixture(scope="module")
 def hps_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The official container in fp16, of an architecture that open_clip then knows as tiny-hps."""
-    folder = tmp_path_factory.mktemp("hps")
-    (folder / "tiny-hps.json").write_text(json.dumps(TINY_HPS))
-    open_clip.add_model_config(folder)
-    state = oracle.seeded(open_clip.create_model("tiny-hps").state_dict(), logit_scale=LOGIT_SCALE)
-    torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
-    return folder / "HPS_v2.1_compressed.pt"
+    return small_checkpoints.hps(tmp_path_factory.mktemp("hps"))
 
 
 @pytest.fixture(scope="module")
