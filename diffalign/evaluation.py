@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffalign.data.images import open_as_stored
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
@@ -134,14 +135,13 @@ def open_picture(path: str | Path) -> Image.Image:
     """The picture of a file, read to its end; of an animation the first frame.
 
     Raises:
-        ValueError: missing, truncated or not a picture.
+        ValueError: missing, truncated, too large or not a picture.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's broken PNG
-        raise ValueError(f"{path}: expected a whole picture, could not read it: {error}") from error
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a whole picture, could not read it: {error.strerror}") from error
+    return open_as_stored(data, str(path))
 
 
 def _draws(prompts: Sequence[Prompt | str], seeds_per_prompt: int, seed: int) -> list[Draw]:
