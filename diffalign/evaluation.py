@@ -27,6 +27,7 @@ from diffalign.pipelines.lora import adapters_disabled, load_lora
 from diffalign.prompts import Prompt
 from diffalign.rewards.base import Reward, Weighted
 from diffalign.rewards.preprocess import to_pictures
+from diffalign.scoring.batch import batches
 from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
 
 ADAPTER = "evaluated"
@@ -80,15 +81,16 @@ def evaluate(
     draws = _draws(prompts, seeds_per_prompt, seed)
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
-    scores: dict[str, Scores] = defaultdict(lambda: defaultdict(list))
+    texts = [draw.prompt.text for draw in draws]
+    scores: dict[str, Scores] = defaultdict(lambda: defaultdict(lambda: [math.nan] * len(draws)))
     with _new_folder(out) as folder, _attached(pipe, lora):
-        for start in range(0, len(draws), batch_size):
-            some = draws[start : start + batch_size]
+        for batch in batches(texts, batch_size, rewards.card.compares):
+            some = [draws[index] for index in batch]
             for side, off in _sides(pipe, lora):
                 with off:
-                    pictures = _pictures(pipe, some, steps, guidance_scale)
-                _save_pictures(pictures, folder, side, start)
-                _extend(scores[side], _score(rewards, pictures, [draw.prompt.text for draw in some]))
+                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size)
+                _save_pictures(pictures, folder, side, batch)
+                _enter(scores[side], batch, _score(rewards, pictures, [texts[index] for index in batch]))
             if progress:
                 progress(len(some))
         settings = {
@@ -117,15 +119,17 @@ def score_images(
 ) -> Scores:
     """Scores of pictures, given as PIL or as files: reward -> one score per picture; every term of a `Weighted`.
 
+    Pictures of one prompt are in one batch, whatever its size, where a reward compares them (`Card.compares`).
+
     Raises:
         ValueError: counts that differ, no picture, or a file that is not a whole picture (named).
     """
     if len(images) != len(prompts) or not images:
         raise ValueError(f"expected at least one picture and one prompt each, got {len(images)} and {len(prompts)}")
-    scores: Scores = defaultdict(list)
-    for start in range(0, len(images), batch_size):
-        pictures = [_opened(image) for image in images[start : start + batch_size]]
-        _extend(scores, _score(rewards, pictures, prompts[start : start + batch_size]))
+    scores: Scores = defaultdict(lambda: [math.nan] * len(images))
+    for batch in batches(prompts, batch_size, rewards.card.compares):
+        pictures = [_opened(images[index]) for index in batch]
+        _enter(scores, batch, _score(rewards, pictures, [prompts[index] for index in batch]))
         if progress:
             progress(len(pictures))
     return dict(scores)
@@ -173,14 +177,16 @@ def _sides(pipe: LatentPipeline, lora: str | Path | None) -> list[tuple[str, con
     return [("base", adapters_disabled(pipe)), ("aligned", contextlib.nullcontext())]
 
 
-def _pictures(pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float) -> list[Image.Image]:
+def _pictures(
+    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int
+) -> list[Image.Image]:
     pixels = generate(
         pipe,
         [draw.prompt.text for draw in draws],
         seeds=[draw.seed for draw in draws],
         steps=steps,
         guidance_scale=guidance_scale,
-        batch_size=len(draws),
+        batch_size=batch_size,
     )
     return to_pictures(pixels)
 
@@ -193,9 +199,10 @@ def _score(rewards: Reward, pictures: Sequence[Image.Image], prompts: Sequence[s
     return terms if len(terms) == 1 else terms | {SUM: total}
 
 
-def _extend(scores: Scores, more: Scores) -> None:
+def _enter(scores: Scores, places: Sequence[int], more: Scores) -> None:
     for name, values in more.items():
-        scores[name] += values
+        for place, value in zip(places, values, strict=True):
+            scores[name][place] = value
 
 
 def _opened(image: Image.Image | str | Path) -> Image.Image:
@@ -278,9 +285,9 @@ def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, start: int) -> None:
+def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, numbers: Sequence[int]) -> None:
     if folder is None:
         return
     (folder / side).mkdir(exist_ok=True)
-    for number, picture in enumerate(pictures, start=start):
+    for number, picture in zip(numbers, pictures, strict=True):
         picture.save(folder / side / f"{number:05d}.png")

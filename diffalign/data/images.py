@@ -45,7 +45,7 @@ def decode(data: bytes, source: str) -> Image.Image:
 def open_as_stored(data: bytes, source: str) -> Image.Image:
     """The picture of a file's bytes in its own mode, read to its end; of an animation the first frame.
 
-    What scores need: their recipes convert, each in its own way. EXIF orientation is not applied, as no published scorer
+    What scores need: their recipes convert, each in its own way. EXIF orientation is not applied: no published scorer
     does.
 
     Raises:

@@ -14,7 +14,7 @@ from diffalign.data.records import BrokenRow
 from diffalign.data.webdataset import SUFFIXES as SHARDS
 from diffalign.data.webdataset import find_shards
 from diffalign.manifests.entry import IMAGE_SUFFIXES, Entry, Listed
-from diffalign.table import resolve, unknown
+from diffalign.table import resolve
 
 __all__ = ["FORMS", "BrokenRow", "Entry", "read_manifest", "sniff"]
 

@@ -18,8 +18,10 @@ def read_folder(folder: Path) -> Iterator[Listed | BrokenRow]:
     files = [file for file in sorted(folder.iterdir())
              if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()]  # fmt: skip
     if not files:
-        raise ValueError(f"{folder}: no picture there; expected files that end in {', '.join(IMAGE_SUFFIXES)}, one of "
-                         f"metadata.jsonl, .tar or .parquet; for folders inside it give a glob, '{folder}/**/*.jpg'")  # fmt: skip
+        raise ValueError(
+            f"{folder}: no picture there; expected files that end in {', '.join(IMAGE_SUFFIXES)}, a metadata.jsonl, or "
+            f"shards that end in .tar or .parquet; for folders inside it give a glob, '{folder}/**/*.jpg'"
+        )
     for file in files:
         caption = file.with_suffix(".txt")
         try:

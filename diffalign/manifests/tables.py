@@ -15,7 +15,7 @@ LONGEST_CELL = 2**31 - 1  # characters; python's own limit is less than some cap
 
 
 def read_jsonl(file: Path) -> Iterator[Listed | BrokenRow]:
-    """One object per line: {"image": "a.png", "prompt": "...", ...}. What `diffalign generate` and `score` write is one.
+    """One object per line: {"image": "a.png", "prompt": "...", ...}; `diffalign generate` and `score` write such files.
 
     Raises:
         ValueError: it cannot be read.

@@ -16,7 +16,7 @@ def read_webdataset(place: Path) -> Iterator[Listed | BrokenRow]:
     """Samples of one tar file or of all in a folder: <key>.jpg (or another picture), the caption in <key>.txt,
     <key>.caption.txt, or "prompt", "caption" or "text" of <key>.json, whose other keys are the row's other columns.
 
-    Pictures are read from their place in the tar file when they are needed; those of a compressed one are kept in memory.
+    Pictures are read from their place in the tar file when they are needed; a compressed one is kept in memory whole.
 
     Raises:
         ValueError: no tar file.
