@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,16 @@ class Red:
         return torch.tensor([np.asarray(p.convert("RGB"), np.float64)[..., 0].mean() + self.offset for p in pictures])
 
 
+class Slow(Red):
+    """Red, half a second per batch, so that there is time to kill it."""
+
+    name = "slow"
+
+    def _exact(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        time.sleep(0.5)
+        return super()._exact(pictures, prompts)
+
+
 class Choosy(Red):
     """Refuses captions with "refuse" in them, has no score for those with "unsure"."""
 
@@ -43,6 +56,31 @@ class Choosy(Red):
         self.reasons = ["it is unsure" if "unsure" in prompt else "" for prompt in prompts]
         scores = super()._exact(pictures, prompts)
         return torch.where(torch.tensor([bool(reason) for reason in self.reasons]), float("nan"), scores)
+
+
+class RefusesAll(Red):
+    """No caption is good enough."""
+
+    name = "refuses-all"
+
+    def _exact(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        raise ValueError("expected another caption")
+
+
+class Mortal(Red):
+    """Takes its process with it, once: with SIGKILL, when it has left the file `grave`."""
+
+    name = "mortal"
+
+    def __init__(self, *, grave: str, device: Any = "cpu") -> None:
+        super().__init__()
+        self.grave = Path(grave)
+
+    def _exact(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        if self.sizes[1:] and not self.grave.exists():
+            self.grave.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._exact(pictures, prompts)
 
 
 class Redder:

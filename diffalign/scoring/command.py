@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffalign.console import Result, progress_bar
 from diffalign.data.records import BrokenRow
 from diffalign.manifests import Entry
-from diffalign.pipelines.attention import require
 from diffalign.rewards.base import Weighted
-from diffalign.scoring.engines import ENGINES, Job
+from diffalign.scoring.engines import ENGINES, Job, attending
 from diffalign.scoring.files import SUM, ScoreRow, check_format, write_scores
 from diffalign.scoring.journal import Journal
 from diffalign.scoring.page import page_file, write_page
@@ -54,7 +51,7 @@ def score_pictures(listed: Iterable[Entry | BrokenRow], job: Job, wanted: Wanted
         ValueError: an option that does not fit, and what `score_entries` raises.
     """
     limits = _checked(wanted, job.rewards)
-    require(job.attention, torch.device(job.device), torch.float32)
+    attending(job.attention, job.device)
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(_journal(wanted.out, job)) if wanted.out else None
 

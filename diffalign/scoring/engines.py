@@ -1,7 +1,8 @@
-"""Who computes: this process, with the next batch being decoded meanwhile; Ray's workers are in `scoring.ray`."""
+"""Who computes: this process, which decodes the next batch meanwhile, or Ray's workers (`scoring.ray_engine`)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 
 from diffalign.manifests import Entry
-from diffalign.pipelines.attention import preferring
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Weighted
 from diffalign.scoring.batch import Outcome, opened, score_batch
@@ -63,8 +63,22 @@ Found = Iterator[tuple[int, list[Outcome]]]  # number of the batch, one outcome 
 
 def run_here(job: Job, batches: Sequence[Sequence[Entry]]) -> Found:
     """Scores batches in order, in this process."""
-    with preferring(job.attention):
+    with attending(job.attention, job.device):
         yield from score_ahead(job.rewards, batches)
+
+
+def attending(backend: str, device: str) -> contextlib.AbstractContextManager[Any]:
+    """The kernel of attention that was asked for; torch's own choice loads nothing, least of all diffusers.
+
+    Raises:
+        ValueError: one that is unknown, or does not run here.
+    """
+    if backend == "auto":
+        return contextlib.nullcontext()
+    from diffalign.pipelines.attention import preferring, require
+
+    require(backend, torch.device(device), torch.float32)
+    return preferring(backend)
 
 
 def score_ahead(rewards: Weighted, batches: Iterable[Sequence[Entry]]) -> Found:

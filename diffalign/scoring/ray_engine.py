@@ -1,4 +1,4 @@
-"""Batches on the workers of a Ray cluster, with Ray Data (extra `ray`): one actor per GPU, or per CPU where there is none.
+"""Batches on the workers of a Ray cluster, with Ray Data (extra `ray`): one actor per GPU, or per CPU without GPUs.
 
 An actor loads the rewards once and runs what `run_here` runs. A worker that dies is replaced and its batches are scored
 again; what has come back is in the journal of the process that started the run.
@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from diffalign.manifests import Entry
-from diffalign.pipelines.attention import preferring
 from diffalign.rewards import load_rewards
 from diffalign.scoring.batch import Outcome
-from diffalign.scoring.engines import Job, score_ahead
+from diffalign.scoring.engines import Job, attending, score_ahead
 
 AT_ONCE = 4  # batches that an actor is given at once, so that it decodes the next while it scores one
 
@@ -42,7 +41,7 @@ def run_on_ray(job: Job, batches: Sequence[Sequence[Entry]]) -> Iterator[tuple[i
         Worker,
         fn_constructor_args=(dict(job.sections), "cuda" if gpu else "cpu", job.attention),
         batch_size=AT_ONCE,
-        concurrency=job.actors or _places(ray, gpu),
+        compute=ray.data.ActorPoolStrategy(size=job.actors or _places(ray, gpu)),
         **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
     )
     try:
@@ -57,11 +56,11 @@ class Worker:
 
     def __init__(self, sections: Mapping[str, Mapping[str, Any]], device: str, attention: str) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))  # Ray sets it to the CPUs it gave
-        self.rewards, self.attention = load_rewards(sections, device=device), attention
+        self.rewards, self.device, self.attention = load_rewards(sections, device=device), device, attention
 
     def __call__(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """{"number", "batch"} of some batches to {"number", "outcomes"}."""
-        with preferring(self.attention):
+        with attending(self.attention, self.device):
             found = list(score_ahead(self.rewards, [pickle.loads(batch) for batch in given["batch"]]))
         outcomes = np.array([pickle.dumps(outcomes) for _, outcomes in found], dtype=object)
         return {"number": np.asarray(given["number"]), "outcomes": outcomes}
