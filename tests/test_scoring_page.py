@@ -52,7 +52,7 @@ def test_the_page_is_one_file_that_escapes_prompts_and_shows_both_ends_with_unit
     numbers = [int(name) for name in re.findall(r"<small>\S*?(\d\d)\.png</small>", red)]
     assert numbers[:SHOWN] == list(range(29, 29 - SHOWN, -1))  # not only what --best-of keeps
     assert numbers[SHOWN:] == [number for number in range(SHOWN + 1) if number != 7]
-    assert red.count('title="level"') == 2 * SHOWN and "1 red + 0.5 choosy" in text
+    assert red.count('<small class="unit">level</small>') == 2 * SHOWN and "1 red + 0.5 choosy" in text
     assert text.count("07.png: expected a whole picture") == 1 and "1 was skipped" in text
 
 

@@ -61,7 +61,7 @@ def score_entries(
 ) -> Scored:
     """Scores what a manifest lists and the journal does not hold yet.
 
-    All entries are in memory, about 1 kB each; pictures only while they are scored.
+    All entries are in memory, with their scores about 2 kB each; pictures only while they are scored.
 
     Args:
         journal: of the same rewards; without one nothing is kept on the disk.
