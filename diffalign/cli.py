@@ -156,7 +156,7 @@ def score(
         place = arguments.default_device(device)
         wanted = command.Wanted(out, best_of, minimum or [], page, batch_size, engine)
         sections = arguments.read_sections(reward or [], weights or [], settings or [])
-        job = engines.load_job(sections, place, attention, actors)
+        job = engines.load_job(sections, place, attention, engine, actors)
         result = command.score_pictures(rows, job, wanted)
     show(result, as_json)
 

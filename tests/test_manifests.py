@@ -173,6 +173,22 @@ def test_a_broken_line_is_dropped_whole_and_named(folder: Path, line: str, reaso
     assert isinstance(whole, Entry) and whole.where.endswith("line 3")
 
 
+def test_what_no_file_of_scores_could_hold_is_a_broken_row(folder: Path) -> None:
+    (folder / "list.jsonl").write_text(
+        '{"image": "a.png", "prompt": "half \\ud83d"}\n{"image": "a.png", "prompt": "x"}\n'
+    )
+    half, whole = read_manifest([folder / "list.jsonl"])
+    assert isinstance(half, BrokenRow) and half.reason == "the prompt is not valid Unicode: half \\ud83d"
+    assert isinstance(whole, Entry)
+    try:
+        (folder / "a.png").rename(folder / b"\xff.png".decode(errors="surrogateescape"))
+    except (OSError, ValueError):
+        return  # a file system that has no such names
+    named = [row for row in read_manifest([folder], ["x"]) if isinstance(row, BrokenRow)]
+    assert [row.reason[:30] for row in named] == ["the path is not valid Unicode:"]
+    print(named)  # can be printed
+
+
 def test_broken_rows_of_the_other_forms(folder: Path) -> None:
     (folder / "list.csv").write_text("image,prompt\na.png,one, two\nb.png\nc.png,three\n")
     rows = list(read_manifest([folder / "list.csv"]))

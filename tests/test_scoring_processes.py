@@ -51,17 +51,18 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 def cluster() -> Iterator[None]:
     """Two logical CPUs on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # workers of low priority do not get far on a machine that is busy
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  low priority gets nowhere on a machine that is busy
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    path = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": path})
     yield
     ray.shutdown()
 
 
 def both(folder: Path, sections: dict[str, dict[str, object]], batch_size: int = 2) -> tuple[Scored, Scored]:
     """What the cluster gives, then what this process gives."""
-    job = load_job(sections, "cpu")
+    job = load_job(sections, "cpu", engine="ray")
     found = [
         score_entries(read_manifest([folder], ["a red circle"]), job, engine=engine, batch_size=batch_size)
         for engine in ("ray", "local")
@@ -85,6 +86,16 @@ def test_a_worker_that_is_killed_loses_nothing(cluster: None, tmp_path: Path) ->
     spread, plain = both(tmp_path / "reds", {"scoring_helpers:Mortal": {"weight": 1.0, "grave": str(grave)}})
     assert grave.is_file() and int(grave.read_text()) != os.getpid()
     assert spread.rows == plain.rows and len(plain.rows) == 24
+
+
+@ray_only
+def test_more_than_the_cluster_has_is_refused_at_once(cluster: None, tmp_path: Path) -> None:
+    save_reds(tmp_path, 2)
+    for device, actors, message in (("cpu", 3, "3 workers, and the cluster has 2 CPUs"),
+                                    ("cuda", None, "the cluster has 0 GPUs; .*--device cpu")):  # fmt: skip
+        job = load_job({"scoring_helpers:Red": {"weight": 1.0}}, device, engine="ray", actors=actors)
+        with pytest.raises(ValueError, match=message):
+            score_entries(read_manifest([tmp_path], ["x"]), job, engine="ray")
 
 
 @ray_only

@@ -97,9 +97,22 @@ def _found(place: str) -> list[Path]:
     return inside
 
 
+def _writable(row: Listed | BrokenRow) -> Listed | BrokenRow:
+    """Refuses what no file of scores could hold: half a character in a prompt, or a file name that is not UTF-8."""
+    if isinstance(row, BrokenRow):
+        return row
+    for what, text in (("the path", row.image), ("the prompt", row.prompt or "")):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            where, shown = (t.encode("utf-8", "backslashreplace").decode() for t in (row.where, text[:100]))
+            return BrokenRow(where, f"{what} is not valid Unicode: {shown}")
+    return row
+
+
 def _entries(listed: Iterable[Listed | BrokenRow], prompts: Sequence[str]) -> Iterator[Entry | BrokenRow]:
     taken = whole = 0
-    for row in listed:
+    for row in map(_writable, listed):
         if isinstance(row, BrokenRow) or row.prompt is not None:
             whole += not isinstance(row, BrokenRow)
             yield row if isinstance(row, BrokenRow) else row.entry(row.prompt or "")

@@ -46,16 +46,23 @@ class Job:
 
 
 def load_job(
-    sections: Mapping[str, Mapping[str, Any]], device: str, attention: str = "auto", actors: int | None = None
+    sections: Mapping[str, Mapping[str, Any]],
+    device: str,
+    attention: str = "auto",
+    engine: str = "local",
+    actors: int | None = None,
 ) -> Job:
     """A job whose rewards are loaded here, which finds out at once what cannot be had.
+
+    For another engine than the local one they are loaded on the CPU: the devices are the workers'.
 
     Raises:
         ValueError: as `load_rewards`, or fewer than one actor.
     """
     if actors is not None and actors < 1:
         raise ValueError(f"expected at least one of --actors, got {actors}")
-    return Job(load_rewards(sections, device=device), sections, device, attention, actors)
+    here = device if engine == "local" else "cpu"
+    return Job(load_rewards(sections, device=here), sections, device, attention, actors)
 
 
 Found = Iterator[tuple[int, list[Outcome]]]  # number of the batch, one outcome per entry

@@ -119,7 +119,7 @@ def _number(score: float) -> float | None:
 
 
 def _write_jsonl(path: Path, rows: Iterable[ScoreRow]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             scores = {name: _number(score) for name, score in row.scores.items()}
             record: dict[str, Any] = {"image": row.image, "prompt": row.prompt, "scores": scores}
@@ -139,7 +139,7 @@ def _flat(row: ScoreRow, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], _: Mapping[str, str]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         for row in rows:
@@ -167,8 +167,8 @@ def _array(values: list[Any], name: str) -> Any:
         return pa.array(values, pa.float64())
     try:
         return pa.array(values, pa.string() if name in OWN else None)
-    except (pa.ArrowException, TypeError):  # a column of several types
-        return pa.array([None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values])
+    except (pa.ArrowException, TypeError, ValueError):  # a column of several types, or text that is no Unicode
+        return pa.array([None if v is None else json.dumps(v, default=str) for v in values], pa.string())
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

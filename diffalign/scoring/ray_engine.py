@@ -6,6 +6,7 @@ again; what has come back is in the journal of the process that started the run.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ def run_on_ray(job: Job, batches: Sequence[Sequence[Entry]]) -> Iterator[tuple[i
     Files of pictures, and of weights, must be where the workers can read them, under the same paths.
 
     Raises:
-        ValueError: Ray is not installed, no batch fits a worker, or what `score_batch` raises in one.
+        ValueError: Ray is not installed, too few places for the workers, or what `score_batch` raises in one.
     """
     if not batches:
         return
@@ -41,7 +42,7 @@ def run_on_ray(job: Job, batches: Sequence[Sequence[Entry]]) -> Iterator[tuple[i
         Worker,
         fn_constructor_args=(dict(job.sections), "cuda" if gpu else "cpu", job.attention),
         batch_size=AT_ONCE,
-        compute=ray.data.ActorPoolStrategy(size=job.actors or _places(ray, gpu)),
+        compute=ray.data.ActorPoolStrategy(size=_places(ray, gpu, job.actors)),
         **({"num_gpus": 1} if gpu else {"num_cpus": 1}),
     )
     try:
@@ -74,15 +75,25 @@ def _ray() -> Any:
     except ImportError as error:
         raise ValueError("--engine ray needs Ray Data: pip install 'diffalign[ray]'") from error
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails becomes one sentence
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     return ray
 
 
-def _places(ray: Any, gpu: bool) -> int:
-    """How many actors the cluster has room for."""
-    return max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0)))
+def _places(ray: Any, gpu: bool, actors: int | None) -> int:
+    """How many actors are asked for, or the cluster has room for.
+
+    Raises:
+        ValueError: more than it has room for: Ray would wait for more machines, for ever.
+    """
+    kind = "GPU" if gpu else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if there < (actors or 1):
+        raise ValueError(f"--engine ray: expected room for {actors or 1} workers, and the cluster has {there} {kind}s; "
+                         f"give fewer --actors, {'--device cpu, ' if gpu else ''}or a larger cluster")  # fmt: skip
+    return actors or there
 
 
 def _cause(error: BaseException) -> str:
