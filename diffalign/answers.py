@@ -32,6 +32,10 @@ class Answer:
     reason: str = ""
 
 
+class Unreached(ValueError):
+    """Nobody answers at all: no later question would do better."""
+
+
 class Asker(Protocol):
     """Answers one question about pictures; the same question gets the same answer."""
 

@@ -121,13 +121,28 @@ def generate(
 def score(
     pictures: Annotated[list[str] | None, typer.Argument(help="As --images.", metavar="[PICTURE]...")] = None,
     images: Annotated[
-        list[str] | None, typer.Option("--images", help="File, folder, 'glob', or .jsonl of image and prompt.")
+        list[str] | None,
+        typer.Option("--images", help="File, folder, 'glob', or manifest: .jsonl, .csv, .parquet, .tar shards."),
     ] = None,
     reward: Reward = None,
     weights: Weights = None,
     settings: Set = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Scores as .jsonl, .csv or .parquet; a run that is killed goes on there.")
+    ] = None,
+    best_of: Annotated[int | None, typer.Option(help="Keep so many of each prompt, by the weighted sum.")] = None,
+    minimum: Annotated[
+        list[str] | None, typer.Option("--min", help="NAME=VALUE: keep what scores at least so much.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="An .html file, or a folder for one: best and worst pictures per reward.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a worker on every GPU or CPU of a Ray cluster.")
+    ] = "local",
+    actors: Annotated[int | None, typer.Option(help="How many workers of ray.")] = None,
     batch_size: FittingBatchSize = None,
     device: Device = None,
     attention: Attention = "auto",
@@ -135,12 +150,15 @@ def score(
 ) -> None:
     """Score pictures that exist with one reward or several."""
     with working():
-        from diffalign import arguments, commands
+        from diffalign import arguments
+        from diffalign.scoring import command, engines
 
         rows = arguments.read_pictures([*(pictures or []), *(images or [])], prompt or [], prompts)
         place = arguments.default_device(device)
-        rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
-        result = commands.score_pictures(rewards, rows, batch_size, place, attention)
+        wanted = command.Wanted(out, best_of, minimum or [], page, batch_size, engine)
+        sections = arguments.read_sections(reward or [], weights or [], settings or [])
+        job = engines.load_job(sections, place, attention, engine, actors)
+        result = command.score_pictures(rows, job, wanted)
     show(result, as_json)
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from diffalign import demo as demo_run
@@ -22,12 +21,12 @@ from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
 from diffalign.data.pairs import load_pairs
 from diffalign.estimate import CARDS, estimate
-from diffalign.evaluation import evaluate, score_images
+from diffalign.evaluation import evaluate
 from diffalign.generation import generate
 from diffalign.memory import smaller
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
-from diffalign.pipelines.attention import preferring, require
+from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.export import export_lora
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt
@@ -167,25 +166,6 @@ def draw_pictures(
             advance(len(some))
     write_text(out / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return Result({"folder": str(out), "images": rows}, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")
-
-
-def score_pictures(
-    rewards: Weighted, pictures: Sequence[tuple[Path, str]], batch_size: int | None, device: str, attention: str
-) -> Result:
-    """Every reward's score of every (picture, prompt), and their means."""
-    files, prompts = [file for file, _ in pictures], [prompt for _, prompt in pictures]
-    require(attention, torch.device(device), torch.float32)
-    with progress_bar("scoring", len(files)) as advance, preferring(attention):
-        scores = score_images(rewards, files, prompts, batch_size=batch_size, device=device, progress=advance)
-    names = list(scores)
-    mean = {name: sum(values) / len(values) for name, values in scores.items()}
-    rows = [
-        {"image": str(file), "prompt": prompt, "scores": {name: scores[name][i] for name in names}}
-        for i, (file, prompt) in enumerate(pictures)
-    ]
-    cells = [(str(f), p, *(f"{scores[name][i]:.4f}" for name in names)) for i, (f, p) in enumerate(pictures)]
-    cells.append(("mean", f"of {len(files)}", *(f"{mean[name]:.4f}" for name in names)))
-    return Result({"mean": mean, "images": rows}, header=("image", "prompt", *names), rows=cells)
 
 
 def compare_models(

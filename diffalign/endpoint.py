@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from diffalign.answers import Answer, AnswerCache
+from diffalign.answers import Answer, AnswerCache, Unreached
 from diffalign.posting import Failure, one_line, opener_for, post
 from diffalign.rewards.preprocess import to_rgb
 
@@ -123,7 +123,7 @@ class Endpoint:
 
     def _missing(self, failure: Failure, tries: int, late: bool) -> Answer:
         if not failure.reached and not self._reached:
-            raise ValueError(
+            raise Unreached(
                 f"{self.base_url}: expected an OpenAI-compatible endpoint, but it {failure.reason} (tries: {tries}); "
                 f"check that its server runs, that host and port are right, and that this machine may reach them"
             ) from None  # the failure's own trace holds the key

@@ -21,13 +21,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffalign.fitting import batch_size_for, in_batches, side_of
+from diffalign.data.images import open_as_stored
+from diffalign.fitting import Fitted, batch_size_for, side_of
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
 from diffalign.prompts import Prompt
 from diffalign.rewards.base import Reward, Weighted
 from diffalign.rewards.preprocess import to_pictures
+from diffalign.scoring.batch import batches
 from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
 
 ADAPTER = "evaluated"
@@ -81,15 +83,16 @@ def evaluate(
     draws = _draws(prompts, seeds_per_prompt, seed)
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
-    scores: dict[str, Scores] = defaultdict(lambda: defaultdict(list))
+    texts = [draw.prompt.text for draw in draws]
+    scores: dict[str, Scores] = defaultdict(lambda: defaultdict(lambda: [math.nan] * len(draws)))
     with _new_folder(out) as folder, _attached(pipe, lora):
-        for start in range(0, len(draws), batch_size):
-            some = draws[start : start + batch_size]
+        for batch in batches(texts, batch_size, rewards.card.compares):
+            some = [draws[index] for index in batch]
             for side, off in _sides(pipe, lora):
                 with off:
-                    pictures = _pictures(pipe, some, steps, guidance_scale)
-                _save_pictures(pictures, folder, side, start)
-                _extend(scores[side], _score(rewards, pictures, [draw.prompt.text for draw in some]))
+                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size)
+                _save_pictures(pictures, folder, side, batch)
+                _enter(scores[side], batch, _score(rewards, pictures, [texts[index] for index in batch]))
             if progress:
                 progress(len(some))
         settings = {
@@ -119,6 +122,8 @@ def score_images(
 ) -> Scores:
     """Scores of pictures, given as PIL or as files: reward -> one score per picture; every term of a `Weighted`.
 
+    Pictures of one prompt are in one batch, whatever its size, where a reward compares them (`Card.compares`).
+
     Args:
         batch_size: pictures at once; None for as many as `device` holds by an estimate. Where the memory runs out it
             is halved, and the batch is done again.
@@ -130,16 +135,21 @@ def score_images(
     """
     if len(images) != len(prompts) or not images:
         raise ValueError(f"expected at least one picture and one prompt each, got {len(images)} and {len(prompts)}")
-    scores: Scores = defaultdict(list)
-
-    def batch(some: slice) -> Scores:
-        return _score(rewards, [_opened(image) for image in images[some]], prompts[some])
-
+    compares = rewards.card.compares
     size = batch_size_for(side_of(rewards), device) if batch_size is None else batch_size
-    for some, found in in_batches(len(images), size, batch):
-        _extend(scores, found)
+    scores: Scores = defaultdict(lambda: [math.nan] * len(images))
+
+    def score(some: Sequence[int]) -> list[dict[str, float]]:
+        found = _score(rewards, [_opened(images[index]) for index in some], [prompts[index] for index in some])
+        return [{name: values[i] for name, values in found.items()} for i in range(len(some))]
+
+    fitted = Fitted(score, divisible=not compares)
+    for batch in batches(prompts, size, compares):
+        for index, found in zip(batch, fitted(batch), strict=True):
+            for name, value in found.items():
+                scores[name][index] = value
         if progress:
-            progress(some.stop - some.start)
+            progress(len(batch))
     return dict(scores)
 
 
@@ -147,14 +157,13 @@ def open_picture(path: str | Path) -> Image.Image:
     """The picture of a file, read to its end; of an animation the first frame.
 
     Raises:
-        ValueError: missing, truncated or not a picture.
+        ValueError: missing, truncated, too large or not a picture.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's broken PNG
-        raise ValueError(f"{path}: expected a whole picture, could not read it: {error}") from error
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a whole picture, could not read it: {error.strerror}") from error
+    return open_as_stored(data, str(path))
 
 
 def _draws(prompts: Sequence[Prompt | str], seeds_per_prompt: int, seed: int) -> list[Draw]:
@@ -186,14 +195,16 @@ def _sides(pipe: LatentPipeline, lora: str | Path | None) -> list[tuple[str, con
     return [("base", adapters_disabled(pipe)), ("aligned", contextlib.nullcontext())]
 
 
-def _pictures(pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float) -> list[Image.Image]:
+def _pictures(
+    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int
+) -> list[Image.Image]:
     pixels = generate(
         pipe,
         [draw.prompt.text for draw in draws],
         seeds=[draw.seed for draw in draws],
         steps=steps,
         guidance_scale=guidance_scale,
-        batch_size=len(draws),
+        batch_size=batch_size,
     )
     return to_pictures(pixels)
 
@@ -206,9 +217,10 @@ def _score(rewards: Reward, pictures: Sequence[Image.Image], prompts: Sequence[s
     return terms if len(terms) == 1 else terms | {SUM: total}
 
 
-def _extend(scores: Scores, more: Scores) -> None:
+def _enter(scores: Scores, places: Sequence[int], more: Scores) -> None:
     for name, values in more.items():
-        scores[name] += values
+        for place, value in zip(places, values, strict=True):
+            scores[name][place] = value
 
 
 def _opened(image: Image.Image | str | Path) -> Image.Image:
@@ -291,9 +303,9 @@ def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, start: int) -> None:
+def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, numbers: Sequence[int]) -> None:
     if folder is None:
         return
     (folder / side).mkdir(exist_ok=True)
-    for number, picture in enumerate(pictures, start=start):
+    for number, picture in zip(numbers, pictures, strict=True):
         picture.save(folder / side / f"{number:05d}.png")

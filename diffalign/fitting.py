@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -21,16 +21,18 @@ SIDE = 224  # of a reward that does not say what it reads
 # hidden layer before and after GELU). 640 bytes are 32 MB: as much again is left for the picture before the resize.
 BYTES_PER_PIXEL = 640
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def batch_size_for(side: int | None, device: torch.device | str) -> int:
     """Pictures in a batch for a reward that reads squares of `side` pixels, a power of two from 1 to 256.
 
-    On a CPU it is 16, on a GPU what half of the memory that is free now holds by the estimate of `BYTES_PER_PIXEL`.
+    On a CPU it is 16, on a GPU what half of the memory that is free now holds by the estimate of `BYTES_PER_PIXEL`. A
+    GPU that only the workers of a cluster have is not looked at.
     """
     device = torch.device(device)
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, used by nothing
@@ -52,40 +54,52 @@ def fitting(side: int | None, free_bytes: float) -> int:
     return size
 
 
-def in_batches(count: int, size: int, do: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
-    """(which, do(which)) for `count` items in order, `size` at a time; half as many from where the memory runs out.
+class Fitted(Generic[Item, Result]):
+    """A function of a batch, one result per item, that is called with half as many from where the memory runs out.
 
-    A batch that did not fit is done again in halves, so nothing is left out and nothing done twice that succeeded.
+    A batch that did not fit is done again in halves, so nothing is left out, and nothing is done twice that succeeded.
 
-    Raises:
-        ValueError: a size below 1, or one item alone does not fit.
+    Args:
+        do: (items) -> as many results.
+        divisible: False where the items of a batch belong together, as for a reward that compares them.
     """
-    if size < 1:
-        raise ValueError(f"expected a batch_size of at least 1, got {size}")
-    start = 0
-    while start < count:
-        some = slice(start, min(start + size, count))
-        result = _unless_out_of_memory(do, some)
-        if result is None:
-            size = _halved(some.stop - start)
-            continue
-        yield some, result[0]
-        start = some.stop
+
+    def __init__(self, do: Callable[[Sequence[Item]], list[Result]], *, divisible: bool = True) -> None:
+        self._do, self._divisible = do, divisible
+        self._most: int | None = None
+
+    def __call__(self, items: Sequence[Item]) -> list[Result]:
+        """One result per item, in order.
+
+        Raises:
+            ValueError: one item alone does not fit, or a batch that cannot be divided.
+        """
+        results: list[Result] = []
+        while len(results) < len(items):
+            some = items[len(results) :][: self._most]
+            found = _unless_out_of_memory(self._do, some)
+            if found is None:
+                self._most = self._halved(len(some))
+            else:
+                results += found
+        return results
+
+    def _halved(self, size: int) -> int:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise ValueError("a single picture does not fit into the memory of the device: use fewer rewards at once, "
+                             "dtype: bfloat16, or another --device")  # fmt: skip
+        if not self._divisible:
+            raise ValueError(f"{size} pictures that are compared with each other do not fit into the memory of the "
+                             f"device: give a smaller --batch-size, or fewer pictures of a prompt")  # fmt: skip
+        log.warning("%d pictures at once do not fit into the memory of the device; going on with %d", size, size // 2)
+        return size // 2
 
 
-def _unless_out_of_memory(do: Callable[[slice], Result], some: slice) -> tuple[Result] | None:
+def _unless_out_of_memory(do: Callable[[Sequence[Item]], list[Result]], some: Sequence[Item]) -> list[Result] | None:
     try:
-        return (do(some),)
+        return do(some)
     except torch.OutOfMemoryError:
         # returned from here, so that the frames of the failed pass, which hold its tensors, are gone before the next
         return None
-
-
-def _halved(size: int) -> int:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if size == 1:
-        raise ValueError("a single picture does not fit into the memory of the device: use fewer rewards at once, "
-                         "dtype: bfloat16, or another --device")  # fmt: skip
-    log.warning("%d pictures at once do not fit into the memory of the device; going on with %d", size, size // 2)
-    return size // 2

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -45,6 +45,8 @@ class Card:
         side: pixels of the square that the network reads; None for a reward without one.
         across_prompts: whether scores of pictures of different prompts may be compared.
         checked: a row of `CHECKED`, what the port was compared with.
+        compares: whether a score follows from comparison with the other pictures of the prompt in the same call, which
+            then has to hold all of them.
     """
 
     unit: str
@@ -56,6 +58,7 @@ class Card:
     side: int | None
     across_prompts: bool
     checked: str
+    compares: bool = False
 
 
 class Reward(Protocol):
@@ -81,6 +84,15 @@ class Reward(Protocol):
             ValueError: counts that differ, another shape, type or range of values, or a gradient asked of a reward
                 that has none.
         """
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A reward that says why it gave no score."""
+
+    @property
+    def reasons(self) -> Sequence[str]:
+        """Of the latest call, one per picture; "" where there is a score."""
 
 
 def dispatch(
@@ -220,6 +232,7 @@ class Weighted:
             side=None,
             across_prompts=all(reward.card.across_prompts for reward in optimized),
             checked="formula only",
+            compares=any(reward.card.compares for reward in self.rewards.values()),
         )
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:

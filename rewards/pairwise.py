@@ -121,6 +121,7 @@ class WinRate:
         side=None,
         across_prompts=False,
         checked="formula only",
+        compares=True,
     )
 
     def __init__(self, *, preference: Preference | Mapping[str, Any], device: torch.device | str = "cpu") -> None:

@@ -92,7 +92,7 @@ def openai_picture(picture: Image.Image, size: int) -> Tensor:
     The order matters: resized before the conversion, a palette picture gets nearest neighbors and an alpha channel
     weights its colors.
     """
-    _check_depth(picture)
+    check_depth(picture)
     resized = picture.resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
     return _tensor(to_rgb(_center(resized, size, margin_half_even)))
 
@@ -178,7 +178,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: more than 8 bits per channel, which PIL would clip to white without a word.
     """
-    _check_depth(picture)
+    check_depth(picture)
     return picture.convert("RGB")
 
 
@@ -202,7 +202,11 @@ def _bicubic(x: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(x, size=(height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _check_depth(picture: Image.Image) -> None:
+def check_depth(picture: Image.Image) -> None:
+    """
+    Raises:
+        ValueError: more than 8 bits per channel.
+    """
     if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
         raise ValueError(
             f"expected a picture with 8 bits per channel, got PIL mode {picture.mode!r}; "

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffalign import arguments, cli, console
+from diffalign.manifests import Entry
 from diffalign.pipelines.attention import counted_kernels
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
@@ -207,19 +208,49 @@ def test_score_names_a_broken_picture(run: Run, pictures: Path) -> None:
 
 
 def test_pictures_of_listings_files_and_globs(pictures: Path, tmp_path: Path) -> None:
+    def read(place: object, prompts: list[str], file: str | None = None) -> list[tuple[Path, str]]:
+        rows = arguments.read_pictures([str(place)], prompts, file)
+        return [(Path(row.image), row.prompt) for row in rows if isinstance(row, Entry)]
+
     listing = tmp_path / "pictures" / "list.jsonl"
     listing.write_text('{"image": "a.png", "prompt": "one"}\n{"image": "b.png", "prompt": "two"}\n')
-    assert arguments.read_pictures([str(listing)], [], None) == [
-        (pictures / "a.png", "one"),
-        (pictures / "b.png", "two"),
-    ]
-    two = arguments.read_pictures([str(pictures / "*.png")], ["x", "y"], None)
-    assert two == [(pictures / "a.png", "x"), (pictures / "b.png", "y")]
+    assert read(listing, []) == [(pictures / "a.png", "one"), (pictures / "b.png", "two")]
+    assert read(pictures / "*.png", ["x", "y"]) == [(pictures / "a.png", "x"), (pictures / "b.png", "y")]
+    (tmp_path / "prompts.txt").write_text("p\nq\nr\n")
+    assert [prompt for _, prompt in read(pictures, [], str(tmp_path / "prompts.txt"))] == ["p", "q", "r"]
     with pytest.raises(ValueError, match="one prompt for all or one for each of 3 pictures, got 2"):
-        arguments.read_pictures([str(pictures)], ["x", "y"], None)
-    listing.write_text('{"image": "a.png"}\n')
-    with pytest.raises(ValueError, match="line 1: expected"):
-        arguments.read_pictures([str(listing)], [], None)
+        read(pictures, ["x", "y"])
+
+
+def test_a_picture_without_a_prompt_is_an_error_where_nothing_is_written(run: Run, pictures: Path) -> None:
+    (pictures / "a.txt").write_text("a red circle")
+    answer = run("score", pictures, "--reward", "shapes")
+    assert answer.code == 2 and "b.png has no prompt: give --prompt" in answer.err
+    kept = run("score", pictures, "--reward", "shapes", "--out", "scores.jsonl", "--json")
+    assert kept.code == 0 and json.loads(kept.out)["pictures"] == 1 and json.loads(kept.out)["broken"] == 2
+
+
+def test_score_writes_a_file_names_what_it_skips_and_goes_on(run: Run, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "b.png").write_text("no picture")
+    words = ("score", pictures, "--prompt", "a red circle", "--reward", "jpeg", "--out", "runs/scores.csv")
+    answer = run(*words, "--page", "runs")
+    assert answer.code == 0, answer.err
+    assert "-kB" in answer.out and "skipped: " in answer.out and "b.png: expected a whole picture" in answer.out
+    assert (tmp_path / "runs" / "index.html").is_file()
+    assert (tmp_path / "runs" / "scores.csv").read_text().splitlines()[0] == (
+        "image,prompt,score.jpeg,score.weighted,missing"
+    )
+    again = json.loads(run(*words, "--best-of", 1, "--json").out)
+    assert (again["new"], again["pictures"], again["kept"]) == (0, 2, 1)
+    assert len((tmp_path / "runs" / "scores.csv").read_text().splitlines()) == 2
+    other = run(*words, "--set", "jpeg.mode=incompressibility")
+    assert other.code == 2 and "holds scores of jpeg, and jpeg (mode=incompressibility) was asked for" in other.err
+
+
+def test_weights_that_are_not_there_say_what_to_download_and_where_to_put_it(run: Run, pictures: Path) -> None:
+    answer = run("score", pictures, "--prompt", "x", "--reward", "imagereward", "--out", "scores.jsonl")
+    assert answer.code == 2 and "Traceback" not in answer.err
+    assert "hf download" in answer.err and "--weights imagereward=FILE" in answer.err
 
 
 def test_the_shipped_prompts_are_found_by_name() -> None:

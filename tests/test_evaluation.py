@@ -7,6 +7,7 @@ import pytest
 import torch
 from miniatures import stable_diffusion
 from PIL import Image
+from scoring_helpers import Redder
 
 from diffalign.evaluation import evaluate, open_picture, score_images
 from diffalign.generation import generate
@@ -14,6 +15,7 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import attach_lora, load_lora, save_lora
 from diffalign.prompts import Prompt
 from diffalign.rewards.base import Card, Weighted, dispatch
+from diffalign.rewards.pairwise import WinRate
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.rewards.shapes import Shapes
 from diffalign.statistics import bootstrap_mean, mean_gain
@@ -138,6 +140,13 @@ def test_a_prompt_without_a_score_counts_on_neither_side_and_is_counted(pipe, lo
     )
     nothing = evaluate(pipe, PROMPTS[1:2], Unsure("r", 0), lora=lora, out=tmp_path / "out", **QUICK)["rewards"]["r"]
     assert nothing["missing"] == 1 and nothing["gain"] is None and nothing["gain_ci95"] == [None, None]
+
+
+def test_a_reward_that_compares_sees_all_pictures_of_a_prompt_whatever_the_batch(pipe):
+    twice = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]  # nine draws, six of them of one prompt
+    options = QUICK | {"batch_size": 2}
+    row = evaluate(pipe, twice, WinRate(preference=Redder()), seeds_per_prompt=3, **options)["rewards"]["winrate"]
+    assert row["missing"] == 0 and row["base"] == pytest.approx(0.5)  # half of all comparisons are won
 
 
 def test_a_pass_rate_has_wilsons_interval(pipe):

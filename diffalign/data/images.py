@@ -42,6 +42,27 @@ def decode(data: bytes, source: str) -> Image.Image:
     raise ValueError(f"{source}: {size[0]} x {size[1]} pixels are more than the {LARGEST} that are safe to decode")
 
 
+def open_as_stored(data: bytes, source: str) -> Image.Image:
+    """The picture of a file's bytes in its own mode, read to its end; of an animation the first frame.
+
+    What scores need: their recipes convert, each in its own way. EXIF orientation is not applied: no published scorer
+    does.
+
+    Raises:
+        ValueError: not a picture, truncated, or so large that it may be an attack; the message names `source`.
+    """
+    expected = f"{source}: expected a whole picture"
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= LARGEST:
+            image.load()
+            return image.copy()
+    except DAMAGED as error:
+        raise ValueError(f"{expected}, could not read it: {_one_line(error)}") from error
+    raise ValueError(f"{expected}, got {image.width} x {image.height} pixels, more than the {LARGEST} that are safe to "
+                     f"decode; shrink it first")  # fmt: skip
+
+
 def _has_several_frames(image: Image.Image) -> bool:
     if image.format == "MPO":  # a JPEG with a preview behind it, as many cameras write: the first frame is the picture
         return False

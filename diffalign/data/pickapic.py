@@ -16,6 +16,7 @@ from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, ma
 SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
 OPTIONAL = ("label_1", "has_label", "user_id")
+READ = (*COLUMNS, *OPTIONAL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,7 +54,7 @@ class ParquetCell:
         Raises:
             ValueError: the file is gone, or has changed.
         """
-        value = _bytes(_row_group(self.file, self.group)[self.column][self.row].as_py())
+        value = _bytes(row_group(self.file, self.group, READ)[self.column][self.row].as_py())
         if value is None:
             raise ValueError(f"{self.file} has changed: row {self.row} of group {self.group} has no {self.column} now")
         return value
@@ -116,7 +117,7 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
             opened = pq.ParquetFile(file)
             _check_columns(str(file), {field.name: str(field.type) for field in opened.schema_arrow})
             for group in range(opened.num_row_groups):
-                for number, row in enumerate(_row_group(file, group).to_pylist()):
+                for number, row in enumerate(row_group(file, group, READ).to_pylist()):
                     cells = [ImageSource(ParquetCell(file, group, number, column)) for column in ("jpg_0", "jpg_1")]
                     yield f"{file.name} row {index}", row, (cells[0], cells[1])
                     index += 1
@@ -125,14 +126,18 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
 
 
 @functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
-def _row_group(file: Path, group: int) -> Any:
+def row_group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
+    """Those of `columns` that a parquet file has, of one of its row groups, as a table; the latest two are kept.
+
+    Raises:
+        ValueError: gone, changed or damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         opened = pq.ParquetFile(file)
-        columns = [name for name in (*COLUMNS, *OPTIONAL) if name in opened.schema_arrow.names]
-        return opened.read_row_group(group, columns=columns)
+        return opened.read_row_group(group, columns=[name for name in columns if name in opened.schema_arrow.names])
     except FileNotFoundError as error:
         raise ValueError(f"{file} is gone") from error
     except (OSError, IndexError, pa.ArrowException) as error:

@@ -34,7 +34,7 @@ def read_jsonl(path: str) -> Iterator[Row]:
         ValueError: no such file.
     """
     file = _jsonl_file(Path(path))
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(lines(file), start=1):
         source = f"{file.name} line {number}"
         if not line.strip():
             continue
@@ -201,7 +201,7 @@ def _numbers(values: object) -> list[float]:
     return [float(value) for value in values]
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def lines(file: Path) -> Iterator[bytes]:
     """Lines as bytes: in text, some characters inside a caption would count as ends of lines."""
     try:
         with file.open("rb") as opened:

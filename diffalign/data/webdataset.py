@@ -31,7 +31,7 @@ def read_webdataset(path: str) -> Iterator[Row]:
     if not shards:
         raise ValueError(f"{path}: expected webdataset shards ({', '.join(SUFFIXES)}), found none")
     for shard in shards:
-        for sample in _samples(shard):
+        for sample in samples(shard):
             yield sample if isinstance(sample, BrokenRow) else _record(f"{shard.name} key {sample[0]}", sample[1])
 
 
@@ -42,8 +42,8 @@ def find_shards(place: Path) -> list[Path]:
     return sorted(file for file in place.glob("*") if file.name.endswith(SUFFIXES))
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, Sample] | BrokenRow]:
-    """(key, members by suffix) of members that stand side by side."""
+def samples(shard: Path) -> Iterator[tuple[str, Sample] | BrokenRow]:
+    """(key, members by suffix) of members that stand side by side; what stands before a damage is read."""
     current: str | None = None
     members: Sample = {}
     try:

@@ -1,0 +1,112 @@
+"""The page of scores: the best and the worst pictures of every reward, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffalign.data.records import BrokenRow
+from diffalign.manifests import Entry
+from diffalign.scoring.files import ScoreRow
+
+SHOWN = 12  # pictures at either end
+SIDE = 256  # pixels of a thumbnail
+NAMED = 50  # broken rows that are named one by one
+NAME = "index.html"
+
+
+def page_file(place: Path) -> Path:
+    """The file that --page names: itself if it ends in .html, else index.html in that folder."""
+    return place if place.suffix.lower() in (".html", ".htm") else place / NAME
+
+
+def write_page(
+    path: Path,
+    entries: Sequence[Entry],
+    rows: Sequence[ScoreRow],
+    summary: Mapping[str, Mapping[str, Any]],
+    broken: Sequence[BrokenRow],
+) -> None:
+    """Writes the page in one piece. Shown are the `SHOWN` best and worst of all rows, whatever is kept of them.
+
+    Args:
+        entries: of the rows, in their order; those that are shown are opened again.
+        summary: of `diffalign.scoring.run.summarize`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    names = [name for name in summary if name != "weighted" or len(summary) > 2]
+    thumbnails: dict[int, str] = {}
+    sections = [_section(name, entries, rows, summary[name], thumbnails) for name in names]
+    page = environment.get_template("scores.html.j2").render(
+        sections=sections, count=len(rows), broken=broken[:NAMED], num_broken=len(broken)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def ends(scores: Sequence[float], shown: int = SHOWN) -> tuple[list[int], list[int]]:
+    """Indices of the best, best first, and of the worst, worst first; none is in both, and a missing score in neither.
+
+    >>> ends([0.1, float("nan"), 0.3, 0.2], 2)
+    ([2, 3], [0])
+    """
+    order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
+    best = order[: min(shown, (len(order) + 1) // 2)]
+    return best, order[: len(best) - 1 : -1][:shown]
+
+
+def _section(
+    name: str, entries: Sequence[Entry], rows: Sequence[ScoreRow], facts: Mapping[str, Any], thumbnails: dict[int, str]
+) -> dict[str, Any]:
+    scores = [row.scores[name] for row in rows]
+    parts = [[_figure(i, entries[i], rows[i], name, thumbnails) for i in end] for end in ends(scores)]
+    there = [score for score in scores if not math.isnan(score)]
+    return {"name": name, **facts, "best": parts[0], "worst": parts[1], "plot": _histogram(there, facts["unit"])}
+
+
+def _figure(index: int, entry: Entry, row: ScoreRow, name: str, thumbnails: dict[int, str]) -> dict[str, Any]:
+    if index not in thumbnails:
+        thumbnails[index] = _thumbnail(entry)
+    return {"uri": thumbnails[index], "score": row.scores[name], "prompt": row.prompt, "image": row.image}
+
+
+def _thumbnail(entry: Entry) -> str:
+    """A data URI; "" of a picture that has gone since it was scored."""
+    try:
+        picture = entry.open().convert("RGB")
+    except ValueError:
+        return ""
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _histogram(scores: Sequence[float], unit: str) -> str:
+    """How the scores lie, as an SVG in a data URI; "" if there is none."""
+    if not scores:
+        return ""
+    figure = Figure(figsize=(4.2, 1.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(np.array(scores), bins=min(40, max(5, round(len(scores) ** 0.5))), color="#4a7fb5")
+    axes.set_xlabel(unit if len(unit) <= 60 else unit[:57] + "...", fontsize=8, parse_math=False)
+    axes.set_ylabel("pictures", fontsize=8)
+    axes.tick_params(labelsize=7)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
