@@ -17,6 +17,7 @@ REWARDS: dict[str, str] = {
     "geneval": "diffalign.rewards.geneval:GenEval",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "hpsv3": "diffalign.rewards.hpsv3:HPSv3",
     "imagereward": "diffalign.rewards.imagereward:ImageReward",
     "jpeg": "diffalign.rewards.jpeg:JPEG",
     "ocr": "diffalign.rewards.ocr:OCR",
@@ -25,6 +26,7 @@ REWARDS: dict[str, str] = {
     "siglip": "diffalign.rewards.clip:SigLIPScore",
     "tiny-clip": "diffalign.rewards.clip:TinyCLIP",
     "unifiedreward": "diffalign.rewards.judge:UnifiedReward",
+    "videoreward": "diffalign.rewards.videoreward:VideoReward",
     "vlm": "diffalign.rewards.judge:VLM",
     "winrate": "diffalign.rewards.pairwise:WinRate",
 }

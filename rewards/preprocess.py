@@ -74,13 +74,13 @@ def letterbox_recipe(size: int, antialias: bool = True, mean: Triple = CLIP_MEAN
     def pixels(x: Tensor, side: int) -> Tensor:
         return letterbox_pixels(x, side, antialias)
 
-    return Recipe(lambda picture, side: pixels(_tensor(to_rgb(picture))[None], side)[0], pixels, size, mean, std)
+    return Recipe(lambda picture, side: pixels(to_tensor(to_rgb(picture))[None], side)[0], pixels, size, mean, std)
 
 
 def hf_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 1]; equal to the last bit to transformers' PIL processor before its normalization."""
     resized = to_rgb(picture).resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
-    return _tensor(_center(resized, size, margin_floor))
+    return to_tensor(_center(resized, size, margin_floor))
 
 
 def openai_picture(picture: Image.Image, size: int) -> Tensor:
@@ -91,12 +91,12 @@ def openai_picture(picture: Image.Image, size: int) -> Tensor:
     """
     _check_depth(picture)
     resized = picture.resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
-    return _tensor(to_rgb(_center(resized, size, margin_half_even)))
+    return to_tensor(to_rgb(_center(resized, size, margin_half_even)))
 
 
 def square_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 1]."""
-    return _tensor(to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
+    return to_tensor(to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def hf_pixels(pixels: Tensor, size: int) -> Tensor:
@@ -188,7 +188,7 @@ def _center(picture: Image.Image, size: int, margin: Margin) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
