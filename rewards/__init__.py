@@ -28,7 +28,9 @@ REWARDS: dict[str, str] = {
     "tiny-clip": "diffalign.rewards.clip:TinyCLIP",
     "unifiedreward": "diffalign.rewards.judge:UnifiedReward",
     "videoreward": "diffalign.rewards.videoreward:VideoReward",
+    "videoscore": "diffalign.rewards.videoscore:VideoScore",
     "vlm": "diffalign.rewards.judge:VLM",
+    "vqascore": "diffalign.rewards.vqascore:VQAScore",
     "winrate": "diffalign.rewards.pairwise:WinRate",
 }
 

@@ -93,7 +93,7 @@ class HPSv3:
         return self._score(list(pixels(x, BUDGET, BUDGET).split(1)), prompts)
 
     def _score(self, seen: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        questions = [asked("hpsv3", prompt, self.reader.special) for prompt in prompts]
+        questions = [asked("hpsv3", prompt, self.reader.tokenizer) for prompt in prompts]
         scores: Tensor = self.head(self.reader(seen, questions)[:, 0])[:, self.column]
         return scores
 

@@ -50,11 +50,6 @@ class QwenReader:
     tokens: tuple[int, ...]
     kind: str
 
-    @property
-    def special(self) -> list[str]:
-        """What must not be spelled by a caption."""
-        return list(self.tokenizer.get_added_vocab())
-
     def __call__(self, seen: Sequence[Tensor], questions: Sequence[str]) -> Tensor:
         """Hidden states [B, T, D] at the T reward tokens, fp32, with the gradient of what is seen.
 

@@ -102,7 +102,7 @@ class VideoReward:
         """[B, 3], VQ, MQ and TA of B clips [F, 3, H, W], uint8 or float in [0, 1], with the gradient of float ones."""
         most = self.settings.most_pixels
         seen = [qwen_frames(clip[spread(len(clip), self.frames)], LEAST, most) for clip in clips]
-        questions = [asked("videoreward", prompt, self.reader.special) for prompt in prompts]
+        questions = [asked("videoreward", prompt, self.reader.tokenizer) for prompt in prompts]
         states = self.reader(seen, questions)
         given = readout(states, self.head)
         return (given - given.new_tensor(self.settings.means)) / given.new_tensor(self.settings.deviations)

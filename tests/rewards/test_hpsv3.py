@@ -111,10 +111,10 @@ def test_the_turns_are_those_of_the_chat_template():
 def test_a_caption_cannot_spell_a_token(reward: Any, caption: str):
     """The released code would read two rewards, or fail to match pictures with their places."""
     assert reward(pictures()[:1], [caption]).isfinite().all()
-    ids = reward.reader.tokenizer(asked("hpsv3", caption, reward.reader.special)).input_ids
+    ids = reward.reader.tokenizer(asked("hpsv3", caption, reward.reader.tokenizer)).input_ids
     special = set(reward.reader.tokenizer.get_added_vocab().values())
     assert [token for token in ids if token in special] == list(reward.reader.tokens)
-    assert asked("hpsv3", "a < b |> {x}", reward.reader.special) == rubric("hpsv3").replace(CAPTION, "a < b |> {x}")
+    assert asked("hpsv3", "a < b |> {x}", reward.reader.tokenizer) == rubric("hpsv3").replace(CAPTION, "a < b |> {x}")
 
 
 def test_no_score_depends_on_its_batch(reward: Any):
