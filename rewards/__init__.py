@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
@@ -33,20 +34,28 @@ REWARDS: dict[str, str] = {
     "vqascore": "diffalign.rewards.vqascore:VQAScore",
     "winrate": "diffalign.rewards.pairwise:WinRate",
 }
+CLIPS: dict[str, str] = {"clips": "diffalign.rewards.clips:Frames"}
 
 
-def load_reward(name: str, /, *, device: torch.device | str = "cpu", **keywords: object) -> Reward:
+def load_reward(
+    name: str, /, *, device: torch.device | str = "cpu", clips: Mapping[str, object] | None = None, **keywords: object
+) -> Reward:
     """One reward by name, or by the dotted path of your own.
 
     Args:
         device: where its weights live, if it has any.
+        clips: how a reward of pictures scores clips: {"frames": 8, "reduce": "min"}, see `rewards.clips.Frames`. If not
+            given, the mean over all frames.
         keywords: those of its constructor.
 
     Raises:
         ValueError: unknown name or keyword, or a checkpoint that is not to be had; the message says what to do.
     """
     reward: Reward = build(REWARDS, {"name": name, **keywords}, what="reward", device=device)
-    return reward
+    if clips is None:
+        return reward
+    framed: Reward = build(CLIPS, {**clips, "name": "clips"}, what="key of a reward", reward=reward)
+    return framed
 
 
 def load_rewards(
@@ -69,4 +78,5 @@ def _weighted(label: str, section: float | Mapping[str, object], device: torch.d
     keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
     weight = coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
     name = str(keywords.pop("name", label))
-    return load_reward(name, device=device, **keywords), weight
+    clips = cast("Mapping[str, object] | None", keywords.pop("clips", None))
+    return load_reward(name, device=device, clips=clips, **keywords), weight

@@ -11,10 +11,10 @@ frames go through the checkpoint's own processor, so there is no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class VideoScore:
     """
 
     name: ClassVar[str] = "videoscore"
-    card: Card = Card(
+    card: ClassVar[Card] = Card(
         unit="points, 1 to 4 as trained",
         range=(-float("inf"), float("inf")),
         source=f"{REPO}; arXiv 2406.15252",
@@ -92,7 +92,6 @@ class VideoScore:
         network, self.processor = _loaded(str(weights), dtype_named(dtype))
         self.network = network.to(device).requires_grad_(False).eval()
         self.dimension, self.frames = dimension, frames
-        self.card = replace(self.card, source=f"{weights}; arXiv 2406.15252")
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B] of clips [B, F, 3, H, W] or pictures; see `Reward.__call__`. Floats are rounded to 8 bits first."""
@@ -112,7 +111,8 @@ class VideoScore:
 
 def stepped(count: int, taken: int) -> list[int]:
     """Which of `count` frames the released script takes: 0, count / taken, 2 count / taken ..., floored; all if fewer."""
-    return [step * count // taken for step in range(taken)] if count > taken else list(range(count))
+    # its own expression: floats floor to another frame than fractions here and there, and may give one frame too many
+    return np.arange(0, count, count / taken).astype(int)[:taken].tolist() if count > taken else list(range(count))
 
 
 def _loaded(weights: str, dtype: torch.dtype) -> tuple[Any, Any]:
