@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 
@@ -54,8 +53,19 @@ def load_reward(
     reward: Reward = build(REWARDS, {"name": name, **keywords}, what="reward", device=device)
     if clips is None:
         return reward
-    framed: Reward = build(CLIPS, {**clips, "name": "clips"}, what="key of a reward", reward=reward)
+    framed: Reward = build(CLIPS, clip_section(name, clips), what="reward", reward=reward)
     return framed
+
+
+def clip_section(name: str, clips: object) -> dict[str, object]:
+    """The section of `CLIPS` that the key `clips` of a reward stands for.
+
+    Raises:
+        ValueError: no mapping.
+    """
+    if not isinstance(clips, Mapping):
+        raise ValueError(f"{name}.clips: expected a mapping such as {{frames: 8, reduce: min}}, got {clips!r}")
+    return {**clips, "name": "clips"}
 
 
 def load_rewards(
@@ -78,5 +88,4 @@ def _weighted(label: str, section: float | Mapping[str, object], device: torch.d
     keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
     weight = coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
     name = str(keywords.pop("name", label))
-    clips = cast("Mapping[str, object] | None", keywords.pop("clips", None))
-    return load_reward(name, device=device, clips=clips, **keywords), weight
+    return load_reward(name, device=device, **keywords), weight  # type: ignore[arg-type]  # clips: checked there

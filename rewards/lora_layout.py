@@ -1,7 +1,7 @@
 """Weights as peft writes them, merged into the weights that they change: W + scale B A.
 
-peft names a weight of the model `base_model.model.NAME`. Beside a module that it adapts stand `MODULE.lora_A.weight` and
-`MODULE.lora_B.weight`, in a whole state dict with the adapter's name in between and the module's own weight as
+peft names a weight of the model `base_model.model.NAME`. Beside a module that it adapts stand `MODULE.lora_A.weight`
+and `MODULE.lora_B.weight`, in a whole state dict with the adapter's name in between and the module's own weight as
 `MODULE.base_layer.weight`.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+Factors = tuple[Tensor, Tensor]  # A [rank, in] and B [out, rank]
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
 
@@ -22,7 +23,9 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".default.weight", ".weight"): state[key] for key, name in names.items()}
 
 
-def split_factors(state: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+def split_factors(
+    state: Mapping[str, Tensor], where: Path
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """(weights by name, (A, B) by module) of a state with `plain_names`.
 
     Raises:
@@ -35,11 +38,13 @@ def split_factors(state: Mapping[str, Tensor], where: Path) -> tuple[dict[str, T
             found.setdefault(match["module"], {})[match["side"]] = value
     for module, pair in found.items():
         if lacking := {"A", "B"} - pair.keys():
-            raise ValueError(f"{where}: expected both factors of every LoRA, {module} lacks lora_{lacking.pop()}.weight")
+            raise ValueError(
+                f"{where}: expected both factors of every LoRA, {module} lacks lora_{lacking.pop()}.weight"
+            )
     return weights, {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def merged(weight: Tensor, factors: tuple[Tensor, Tensor], scale: float, what: str) -> Tensor:
+def merged(weight: Tensor, factors: Factors, scale: float, what: str) -> Tensor:
     """W + scale B A in fp32.
 
     Args:
@@ -52,6 +57,6 @@ def merged(weight: Tensor, factors: tuple[Tensor, Tensor], scale: float, what: s
     """
     a, b = factors
     if weight.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
-        raise ValueError(f"{what}: expected LoRA factors [rank, in] and [out, rank] of a weight {list(weight.shape)}, got "
-                         f"{list(a.shape)} and {list(b.shape)}")  # fmt: skip
+        raise ValueError(f"{what}: expected LoRA factors [rank, in] and [out, rank] of a weight {list(weight.shape)}, "
+                         f"got {list(a.shape)} and {list(b.shape)}")  # fmt: skip
     return weight.float() + scale * b.float() @ a.float()

@@ -1,6 +1,7 @@
 """MPS: a CLIP ViT-H/14 whose picture looks at the words that matter. Zhang et al. 2024, arXiv 2405.14705.
 
-    kept_i = (max_j T_i C_j) / (max_ij T_i C_j) > 0.3;   score = exp(logit_scale) cos(text, head(picture | T, kept)[CLS])
+    kept_i = (max_j T_i C_j) / (max_ij T_i C_j) > 0.3
+    score = exp(logit_scale) cos(text, head(picture | T, kept)[CLS])
 
 T and C are the tokens of the prompt and of a fixed list of things that people judge by, both padded to 77 and read
 without a mask. About 5 to 15. Two formulas are published: this one, of the evaluation scripts, which gave the numbers
@@ -122,7 +123,9 @@ class MPS:
         """(tokens [B, 77, D], ends [B, D]); the latest set of prompts is kept, as in `CosineScore.text_features`."""
         distinct = tuple(dict.fromkeys(prompts))
         if self._known is None or self._known[0] != distinct:
-            self._tell_cut([prompt for prompt in distinct if len(self._ids([prompt], truncation=False)[0]) > self.context])
+            self._tell_cut(
+                [prompt for prompt in distinct if len(self._ids([prompt], truncation=False)[0]) > self.context]
+            )
             self._known = distinct, self._read(distinct)
         rows = [distinct.index(prompt) for prompt in prompts]
         words, ends = self._known[1]
@@ -141,8 +144,10 @@ class MPS:
 
 
 def counted(words: Tensor, condition: Tensor, threshold: float) -> Tensor:
-    """bool [B, M]: the words [B, M, D] whose largest similarity to a token of the condition [1, K, D] is a share of more
-    than `threshold` of the largest in their own sample. The largest itself always counts."""
+    """bool [B, M]: which words [B, M, D] count; of every sample at least the one that is most like the condition.
+
+    Its largest similarity to a token of the condition [1, K, D] is more than `threshold` of the largest in its sample.
+    """
     likeness = torch.einsum("bmd,kd->bmk", words.float(), condition[0].float()).amax(2)
     return likeness / likeness.amax(1, keepdim=True) > threshold
 
@@ -171,8 +176,8 @@ def _backbone(backbone: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"mps: expected {backbone} to be the folder or hub id of a CLIP, with config.json and its "
-                         f"tokenizer, could not load it ({said}); with a network, run `hf download {backbone}` once, or "
-                         f"give a local copy as backbone=FOLDER") from error  # fmt: skip
+                         f"tokenizer, could not load it ({said}); with a network, run `hf download {backbone}` once, "
+                         f"or give a local copy as backbone=FOLDER") from error  # fmt: skip
     if config.model_type != "clip":
         raise ValueError(f"mps: expected {backbone} to be a CLIP, its model_type is {config.model_type}")
     return config, tokenizer

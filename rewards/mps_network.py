@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,10 @@ class CrossModel(nn.Module):
 
     def forward(self, seen: Tensor, said: Tensor, kept: Tensor) -> Tensor:
         """[B, N, D] of picture tokens [B, N, D], words [B, M, D] and which of these count, bool [B, M]."""
-        for looking, mixing in self.layers:  # type: ignore[misc]  # a ModuleList of pairs
-            seen = seen + looking["fn"](seen, said, kept)
-            seen = seen + mixing["fn"](seen)
+        layer: Any  # a ModuleList of two
+        for layer in self.layers:
+            seen = seen + layer[0]["fn"](seen, said, kept)
+            seen = seen + layer[1]["fn"](seen)
         return seen
 
 
@@ -73,7 +74,9 @@ class Looking(nn.Module):
         self.to_q = nn.Linear(width, inside, bias=False)
         self.to_kv = nn.Linear(width, 2 * sizes.inner, bias=False)
         self.to_out = nn.Linear(inside, width, bias=False)
-        self.ff = nn.Sequential(nn.Linear(width, 8 * width, bias=False), SwiGLU(), nn.Linear(4 * width, width, bias=False))
+        self.ff = nn.Sequential(
+            nn.Linear(width, 8 * width, bias=False), SwiGLU(), nn.Linear(4 * width, width, bias=False)
+        )
 
     def forward(self, seen: Tensor, said: Tensor, kept: Tensor) -> Tensor:
         x = self.norm(seen)
@@ -84,7 +87,7 @@ class Looking(nn.Module):
 
 @final
 class Mixing(nn.Module):
-    """Attention among picture tokens with rotary positions, with a feed-forward beside it; one projection makes both."""
+    """Attention among picture tokens with rotary positions, a feed-forward beside it; one projection makes both."""
 
     def __init__(self, sizes: HeadSizes) -> None:
         super().__init__()

@@ -101,9 +101,7 @@ def load_tokenizer(base: str, tokens: Sequence[str], reward: str) -> PreTrainedT
     return tokenizer
 
 
-def load_body(
-    state: Mapping[str, Tensor], base: str, words: int, where: Path, dtype: torch.dtype, reward: str
-) -> Any:
+def load_body(state: Mapping[str, Tensor], base: str, words: int, where: Path, dtype: torch.dtype, reward: str) -> Any:
     """A frozen Qwen2VLModel with every weight from `state`, whose names are those of transformers 4.45.
 
     Args:
@@ -173,6 +171,6 @@ def new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _no_base(base: str, reward: str, error: Exception) -> ValueError:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"{reward}: expected {base} to be the folder or hub id of a Qwen2-VL, with config.json and its tokenizer, could "
-        f"not load it ({said}); with a network, run `hf download {base}` once, or give a local copy as base=FOLDER"
+        f"{reward}: expected {base} to be the folder or hub id of a Qwen2-VL, with config.json and its tokenizer, "
+        f"could not load it ({said}); with a network, run `hf download {base}` once, or give a copy as base=FOLDER"
     )

@@ -28,7 +28,7 @@ def asked(name: str, caption: str, tokenizer: Any) -> str:
 
 
 def harmless(caption: str, tokenizer: Any) -> str:
-    """The caption, in which no special token of the tokenizer is spelled: such a one gets a space after its first letter.
+    """The caption, in which no special token of the tokenizer is spelled: it gets a space after its first letter.
 
     The released codes let a caption end the user's turn, or add a token that a score is read from. A caption without
     one, and so every caption that anybody trained on, stays as it is.

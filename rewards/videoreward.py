@@ -1,7 +1,8 @@
 """VideoReward of VideoAlign: Qwen2-VL-2B with a LoRA, asked for three qualities of a clip. Liu et al. 2025, arXiv
 2501.13918.
 
-    r_d = (W h_d - mean_d) / std_d   at the tokens <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|>;   overall = r_VQ + r_MQ + r_TA
+    r_d = (W h_d - mean_d) / std_d   at the tokens <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|>
+    overall = r_VQ + r_MQ + r_TA
 
 VQ is visual quality, MQ quality of motion, TA alignment with the prompt; means and deviations are in model_config.json
 beside the weights. Deviations from the released code: frames are those of the clip that is given, because a tensor does
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from diffalign.rewards.base import Card, Images
 from diffalign.rewards.clips import dispatch_clips, spread
-from diffalign.rewards.qwen_pictures import FRAMES, frames as qwen_frames
+from diffalign.rewards.qwen_pictures import FRAMES
+from diffalign.rewards.qwen_pictures import frames as qwen_frames
 from diffalign.rewards.qwen_reward import QwenReader, load_tokenizer
 from diffalign.rewards.rubrics import asked
 from diffalign.rewards.towers import dtype_named

@@ -1,4 +1,4 @@
-"""The files of VideoReward as its repository has them: model_config.json and, in checkpoint-N, a LoRA or a whole model."""
+"""VideoReward's files as its repository has them: model_config.json and, in checkpoint-N, a LoRA or a whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.checkpoints import check_keys, fetch_folder, read_state
-from diffalign.rewards.lora_layout import merged, plain_names, split_factors
+from diffalign.rewards.lora_layout import Factors, merged, plain_names, split_factors
 from diffalign.rewards.qwen_reward import load_base, load_body, new_names
 
 REPO = "KwaiVGI/VideoReward"
@@ -52,8 +52,8 @@ def find_files(reward: str, weights: str | Path | None) -> Files:
     folder = fetch_folder(reward, REPO, weights, WANTED)
     steps = {path: int(path.name.split("-")[-1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     if not steps or not (folder / "model_config.json").is_file():
-        raise ValueError(f"weights of {reward}: expected a folder with model_config.json and checkpoint-N, as {REPO} has "
-                         f"them, found neither or only one at {folder}")  # fmt: skip
+        raise ValueError(f"weights of {reward}: expected a folder with model_config.json and checkpoint-N, as {REPO} "
+                         f"has them, found neither or only one at {folder}")  # fmt: skip
     return Files(folder / "model_config.json", max(steps, key=lambda path: steps[path]))
 
 
@@ -83,8 +83,8 @@ def read_settings(path: Path, normalize: bool) -> Settings:
                          ) from error  # fmt: skip
     wanted = {"use_special_tokens": True, "reward_token": "special", "prompt_template_type": "detailed_special"}
     if asked != wanted or settings.rows not in (1, len(QUALITIES)):
-        raise ValueError(f"{path}: expected a model that reads {len(QUALITIES)} reward tokens after the detailed prompt "
-                         f"({wanted}, output_dim 1 or 3), got {asked}, output_dim {settings.rows}")  # fmt: skip
+        raise ValueError(f"{path}: expected a model that reads {len(QUALITIES)} reward tokens after the detailed "
+                         f"prompt ({wanted}, output_dim 1 or 3), got {asked}, output_dim {settings.rows}")  # fmt: skip
     return settings
 
 
@@ -138,7 +138,7 @@ def _head(state: dict[str, Tensor], settings: Settings, where: Path) -> Tensor:
 
 
 def _adapted(
-    base: str, words: int, state: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]],
+    base: str, words: int, state: Mapping[str, Tensor], factors: Mapping[str, Factors],
     settings: Settings, where: Path, dtype: torch.dtype, reward: str
 ) -> Any:  # fmt: skip
     """The base model with some weights replaced and some changed by a LoRA."""
@@ -155,15 +155,16 @@ def _adapted(
 
 
 def _merge_all(
-    state: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]], settings: Settings, where: Path
+    state: Mapping[str, Tensor], factors: Mapping[str, Factors], settings: Settings, where: Path
 ) -> dict[str, Tensor]:
     """Every linear map that is not excluded must have its factors; names are those of transformers 4.45."""
     linear = {key.removesuffix(".weight") for key, value in state.items()
               if key.endswith(".weight") and value.ndim == 2 and key != EMBEDDING}  # fmt: skip
     wanted = {module for module in linear if not any(part in module for part in settings.excluded)}
     if factors.keys() and (different := sorted(wanted ^ factors.keys())):
-        raise ValueError(f"{where}: expected LoRA factors of every linear map outside {', '.join(settings.excluded)}, and "
-                         f"of no other; not so for {', '.join(different[:3])}{' ...' * (len(different) > 3)}")  # fmt: skip
+        raise ValueError(f"{where}: expected LoRA factors of every linear map outside {', '.join(settings.excluded)}, "
+                         f"and of no other; not so for {', '.join(different[:3])}"
+                         f"{' ...' * (len(different) > 3)}")  # fmt: skip
     changed = {f"{module}.weight": merged(state[f"{module}.weight"], pair, settings.scale, f"{where}: {module}")
                for module, pair in factors.items()}  # fmt: skip
     return dict(state) | changed

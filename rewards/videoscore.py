@@ -94,7 +94,7 @@ class VideoScore:
         self.dimension, self.frames = dimension, frames
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of clips [B, F, 3, H, W] or pictures; see `Reward.__call__`. Floats are rounded to 8 bits first."""
+        """Scores [B] of clips [B, F, 3, H, W] or pictures; see `Reward.__call__`. Floats are rounded to 8 bits."""
         return dispatch_clips(self.name, images, prompts, self._score, differentiable=False)
 
     def qualities(self, clip: Tensor, prompt: str) -> Tensor:
@@ -110,7 +110,7 @@ class VideoScore:
 
 
 def stepped(count: int, taken: int) -> list[int]:
-    """Which of `count` frames the released script takes: 0, count / taken, 2 count / taken ..., floored; all if fewer."""
+    """Which of `count` frames the released script takes: 0, count / taken, 2 count / taken ... floored; or all."""
     # its own expression: floats floor to another frame than fractions here and there, and may give one frame too many
     return np.arange(0, count, count / taken).astype(int)[:taken].tolist() if count > taken else list(range(count))
 
@@ -125,8 +125,8 @@ def _loaded(weights: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, could not "
-            f"load it ({said}); with a network, run `hf download {weights}` once, or give a local copy: weights=FOLDER, on "
+            f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, could "
+            f"not load it ({said}); with a network, run `hf download {weights}` once, or give a local copy: weights=FOLDER, on "
             f"the command line --weights videoscore=FOLDER"
         ) from error
     network, report = loaded

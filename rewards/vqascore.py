@@ -2,10 +2,10 @@
 
     score = P("Yes" | picture, 'Does this figure show "CAPTION"? Please answer Yes or No.')
 
-The question is that of t2v_metrics 3.1 for chat models. The paper's own model, CLIP-FlanT5, has another question, another
-layout and sqrt(P(Yes) P(end | Yes)); it is not read here, and numbers of different models do not compare. Deviations from
-t2v_metrics: one forward pass instead of generating, so no sampling setting of the checkpoint counts; special tokens in a
-caption are spelled as text.
+The question is that of t2v_metrics 3.1 for chat models. The paper's own model, CLIP-FlanT5, has another question,
+another layout and sqrt(P(Yes) P(end | Yes)); it is not read here, and numbers of different models do not compare.
+Deviations from t2v_metrics: one forward pass instead of generating, so no sampling setting of the checkpoint counts;
+special tokens in a caption are spelled as text.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|video_pad|>"]  # fmt: skip
 # Qwen2-VL-Instruct's: a system message where none is given, then the parts of a turn in their order
 SYSTEM = (
-    "{% if loop.first and turn.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and turn.role != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}"
 )
 CHAT = (
     "{% for turn in messages %}" + SYSTEM + "<|im_start|>{{ turn.role }}\n{% for part in turn.content %}"
@@ -78,8 +79,8 @@ def qwen2_shapes(words: int) -> dict[str, list[int]]:
         inside = f"model.layers.{layer}."
         shapes |= _linear(inside + "self_attn.", {"q_proj": [64, 64], "k_proj": [32, 64], "v_proj": [32, 64]})
         shapes |= {f"{inside}self_attn.o_proj.weight": [64, 64], f"{inside}mlp.gate_proj.weight": [96, 64],
-                   f"{inside}mlp.up_proj.weight": [96, 64], f"{inside}mlp.down_proj.weight": [64, 96],
-                   f"{inside}input_layernorm.weight": [64], f"{inside}post_attention_layernorm.weight": [64]}  # fmt: skip
+                   f"{inside}mlp.up_proj.weight": [96, 64], f"{inside}mlp.down_proj.weight": [64, 96]}  # fmt: skip
+        shapes |= {f"{inside}{name}_layernorm.weight": [64] for name in ("input", "post_attention")}
     return shapes | {"model.norm.weight": [64], "lm_head.weight": [words, 64]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffalign.commands import check_reward
 from diffalign.rewards import load_reward, load_rewards
 from diffalign.rewards.base import Card, dispatch
 from diffalign.rewards.clips import Frames, dispatch_clips, spread
@@ -90,6 +91,7 @@ def test_it_is_an_option_of_every_picture_reward():
     [
         ({"frames": 0}, "clips.frames: expected at least 1, got 0"),
         ({"reduce": "max"}, "clips.reduce: expected one of mean, min, first, got 'max'"),
+        (8, "jpeg.clips: expected a mapping such as .frames: 8, reduce: min., got 8"),
         ({"frame": 3}, "'frame'.*did you mean 'frames'"),
         ({"frames": 2.5}, "frames: expected int or nothing, got 2.5"),
     ],
@@ -97,6 +99,13 @@ def test_it_is_an_option_of_every_picture_reward():
 def test_what_does_not_fit_is_named(clips, message):
     with pytest.raises(ValueError, match=message):
         load_reward("jpeg", clips=clips)
+    if clips not in ({"frames": 0}, {"reduce": "max"}):  # what the constructor judges shows when it is loaded
+        with pytest.raises(ValueError, match=message):
+            check_reward("jpeg", {"clips": clips})
+
+
+def test_a_config_with_clips_is_checked():
+    check_reward("jpeg", {"clips": {"frames": 2}, "weight": 0.5})
 
 
 def test_rewards_of_whole_clips_have_their_own_frames():

@@ -95,7 +95,9 @@ def test_it_is_the_official_score_and_two_dimensional_positions_are_far_off(tmp_
 def test_the_words_are_those_it_was_trained_on():
     """sha256 of INSTRUCTION + prompt_with_special_token of the released package."""
     text = rubric("hpsv3")
-    assert hashlib.sha256(text.encode()).hexdigest() == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
+    )
     assert text.count(CAPTION) == 1 and text.count(TOKEN) == 1
 
 

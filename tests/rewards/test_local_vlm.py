@@ -14,6 +14,7 @@ from tiny_qwen import qwen25_vl
 from diffalign.rewards import load_reward
 from diffalign.rewards.local_vlm import LocalVLM
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen25_vl(tmp_path_factory.mktemp("vlm"))

@@ -134,14 +134,14 @@ def test_a_head_with_a_row_for_each_quality_gives_the_diagonal():
 def test_the_words_are_those_it_was_trained_on():
     """sha256 of DETAILED_PROMPT_WITH_SPECIAL_TOKEN of the released code."""
     text = rubric("videoreward")
-    assert hashlib.sha256(text.encode()).hexdigest() == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
+    )
     assert [text.count(token) for token in TOKENS] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("whole", ["merged", "with factors"])
-def test_an_adapter_on_its_base_is_the_whole_model(
-    reward: Any, weights: Path, base: Path, tmp_path: Path, whole: str
-):
+def test_an_adapter_on_its_base_is_the_whole_model(reward: Any, weights: Path, base: Path, tmp_path: Path, whole: str):
     """model.pth is what the training saves instead, with the factors beside their base layers, or somebody merged."""
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "model_config.json").write_text((weights / "model_config.json").read_text())
@@ -259,7 +259,10 @@ def test_other_files_are_refused(base: Path, tmp_path: Path, name: str, change: 
     ("change", "message"),
     [
         (lambda c: c.pop("inference_config"), "normalize=False does without"),
-        (lambda c: c["data_config"].update(prompt_template_type="simple"), "expected a model that reads 3 reward tokens"),
+        (
+            lambda c: c["data_config"].update(prompt_template_type="simple"),
+            "a model that reads 3 reward tokens",
+        ),
         (lambda c: c["model_config"].update(output_dim=4), "output_dim 4"),
         (lambda c: c.pop("peft_lora_config"), "expected the model_config.json of VideoReward, got KeyError"),
     ],
