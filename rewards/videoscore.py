@@ -125,9 +125,9 @@ def _loaded(weights: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, could "
-            f"not load it ({said}); with a network, run `hf download {weights}` once, or give a local copy: weights=FOLDER, on "
-            f"the command line --weights videoscore=FOLDER"
+            f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, "
+            f"could not load it ({said}); with a network, run `hf download {weights}` once, or give a copy: weights=FOLDER, "
+            f"on the command line --weights videoscore=FOLDER"
         ) from error
     network, report = loaded
     wrong = {"lacks": sorted(report["missing_keys"]), "has also": sorted(report["unexpected_keys"])}

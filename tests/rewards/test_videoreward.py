@@ -199,6 +199,15 @@ def test_it_sees_the_order_of_frames_and_a_picture_is_a_still(reward: Any):
     assert 0 < (reward(levels.float() / 255, ["a"]) - reward([image], ["a"])).abs() <= 0.02
 
 
+def test_a_clip_of_one_frame_is_read_as_a_picture_is(reward: Any):
+    """The golden scores are of pictures; a still clip of two frames has the same patches."""
+    frame = clips(1)[0, :1, :, :, :28].repeat(1, 1, 3, 3)[..., :56, :84]
+    words = "".join(("What? ", *TOKENS))
+    as_picture = QwenReader(reward.reader.model, reward.reader.tokenizer, reward.reader.tokens, "image")
+    assert torch.equal(reward.reader([frame], [words]), as_picture([frame], [words]))
+    assert (reward.reader([frame], [words]) - reward.reader([1 - frame], [words])).abs().max() > 0.01
+
+
 def test_frames_are_spread_over_the_clip(weights: Path, base: Path, reward: Any):
     few = load_reward("videoreward", weights=weights, base=str(base), dtype="float32", frames=4)
     clip = clips(1, frames=7)
