@@ -126,7 +126,7 @@ def _loaded(weights: str, dtype: torch.dtype) -> tuple[Any, Any]:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, "
-            f"could not load it ({said}); with a network, run `hf download {weights}` once, or give a copy: weights=FOLDER, "
+            f"could not load it ({said}); with a network, run `hf download {weights}` once, or give weights=FOLDER, "
             f"on the command line --weights videoscore=FOLDER"
         ) from error
     network, report = loaded
