@@ -32,7 +32,7 @@ from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
 from diffalign.refusals import refuse
-from diffalign.rewards import REWARDS
+from diffalign.rewards import CLIPS, REWARDS, clip_section
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.startup import weight_dtype
@@ -93,6 +93,8 @@ def check_reward(label: str, section: float | Mapping[str, Any]) -> None:
     """
     keywords = dict(section) if isinstance(section, Mapping) else {"weight": section}
     coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
+    if (clips := keywords.pop("clips", None)) is not None:
+        bind(CLIPS, clip_section(label, clips), what="reward", reward=None)
     bind(REWARDS, {"name": label, **keywords}, what="reward", device="cpu")
 
 

@@ -19,17 +19,23 @@ REWARDS: dict[str, str] = {
     "geneval": "diffalign.rewards.geneval:GenEval",
     "hpsv2": "diffalign.rewards.hps:HPSv2",
     "hpsv2.1": "diffalign.rewards.hps:HPSv21",
+    "hpsv3": "diffalign.rewards.hpsv3:HPSv3",
     "imagereward": "diffalign.rewards.imagereward:ImageReward",
     "jpeg": "diffalign.rewards.jpeg:JPEG",
+    "mps": "diffalign.rewards.mps:MPS",
     "ocr": "diffalign.rewards.ocr:OCR",
     "pickscore": "diffalign.rewards.pickscore:PickScore",
     "shapes": "diffalign.rewards.shapes:Shapes",
     "siglip": "diffalign.rewards.clip:SigLIPScore",
     "tiny-clip": "diffalign.rewards.clip:TinyCLIP",
     "unifiedreward": "diffalign.rewards.judge:UnifiedReward",
+    "videoreward": "diffalign.rewards.videoreward:VideoReward",
+    "videoscore": "diffalign.rewards.videoscore:VideoScore",
     "vlm": "diffalign.rewards.judge:VLM",
+    "vqascore": "diffalign.rewards.vqascore:VQAScore",
     "winrate": "diffalign.rewards.pairwise:WinRate",
 }
+CLIPS: dict[str, str] = {"clips": "diffalign.rewards.clips:Frames"}
 
 
 def load_reward(
@@ -39,6 +45,7 @@ def load_reward(
     weights: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: str | torch.dtype | None = None,
+    clips: Mapping[str, object] | None = None,
     **keywords: Any,
 ) -> Reward:
     """One reward by name, or by the dotted path of your own.
@@ -47,6 +54,8 @@ def load_reward(
         weights: a local file or folder, or a hub id, instead of the official checkpoint.
         device: where its weights live, if it has any.
         dtype: of its networks, "bfloat16" or torch.bfloat16; None is the reward's own choice, float32 for most.
+        clips: how a reward of pictures scores clips: {"frames": 8, "reduce": "min"}, see `rewards.clips.Frames`. If not
+            given, the mean over all frames.
         keywords: the others of its constructor.
 
     Raises:
@@ -55,7 +64,21 @@ def load_reward(
     given = {"weights": weights, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
     named = {key: value for key, value in given.items() if value is not None}  # what has none says so if it is given
     reward: Reward = build(REWARDS, {"name": name, **named, **keywords}, what="reward", device=device)
-    return reward
+    if clips is None:
+        return reward
+    framed: Reward = build(CLIPS, clip_section(name, clips), what="reward", reward=reward)
+    return framed
+
+
+def clip_section(name: str, clips: object) -> dict[str, object]:
+    """The section of `CLIPS` that the key `clips` of a reward stands for.
+
+    Raises:
+        ValueError: no mapping.
+    """
+    if not isinstance(clips, Mapping):
+        raise ValueError(f"{name}.clips: expected a mapping such as {{frames: 8, reduce: min}}, got {clips!r}")
+    return {**clips, "name": "clips"}
 
 
 def load_rewards(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import pickle
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -126,6 +126,32 @@ class UrlFile:
             ) from error
 
 
+def fetch_folder(reward: str, repo: str, weights: str | Path | None, names: Sequence[str]) -> Path:
+    """The folder of a hub repository on this machine, with those of its files that `names` match.
+
+    Args:
+        reward: its name, for the message.
+        weights: instead of `repo`: a folder, or another hub id.
+        names: file names, with * for any part.
+
+    Raises:
+        ValueError: not to be had; the message says what to download and where to put it.
+    """
+    if weights is not None and Path(weights).is_dir():
+        return Path(weights)
+    if weights is not None and (str(weights).count("/") != 1 or Path(weights).is_absolute() or Path(weights).exists()):
+        raise ValueError(f"weights of {reward}: expected a folder like {repo}, or a hub id, found none at {weights}")
+    wanted = repo if weights is None else str(weights)
+    try:
+        return Path(snapshot_download(wanted, allow_patterns=list(names)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{reward}: {wanted} is not on this machine and not to be had from the hub ({_first_line(error)}); with a "
+            f"network, run `hf download {wanted}` once, or give a local copy: weights=FOLDER, on the command line "
+            f"--weights {reward}=FOLDER"
+        ) from error
+
+
 def check_sha256(path: Path, expected: str | None) -> None:
     """
     Raises:
@@ -171,15 +197,22 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: Path, i
         ValueError: a missing or surplus key, or another shape.
     """
     kept = {key: value for key, value in state.items() if not key.startswith(tuple(ignored))}
-    wanted = module.state_dict()
-    missing, surplus = sorted(wanted.keys() - kept.keys()), sorted(kept.keys() - wanted.keys())
-    shapes = [f"{key} {list(kept[key].shape)} for {list(wanted[key].shape)}"
-              for key in sorted(wanted.keys() & kept.keys()) if kept[key].shape != wanted[key].shape]  # fmt: skip
-    found = {"lacks": missing, "has also": surplus, "has other shapes:": shapes}
-    if wrong := [f"{what} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for what, keys in found.items() if keys]:
-        raise ValueError(f"{where}: expected the official checkpoint of {type(module).__name__}; it "
-                         f"{'; it '.join(wrong)}")  # fmt: skip
+    check_keys({key: value.shape for key, value in module.state_dict().items()}, kept, where, type(module).__name__)
     module.load_state_dict(kept)
+
+
+def check_keys(wanted: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], where: Path, what: str) -> None:
+    """Compares names and shapes; `wanted` is shapes by name.
+
+    Raises:
+        ValueError: a missing or surplus key, or another shape.
+    """
+    missing, surplus = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    shapes = [f"{key} {list(state[key].shape)} for {list(wanted[key])}"
+              for key in sorted(wanted.keys() & state.keys()) if state[key].shape != wanted[key]]  # fmt: skip
+    found = {"lacks": missing, "has also": surplus, "has other shapes:": shapes}
+    if wrong := [f"{fault} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for fault, keys in found.items() if keys]:
+        raise ValueError(f"{where}: expected the official checkpoint of {what}; it {'; it '.join(wrong)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPREAD = 1e-6  # a group whose scores spread by less says nothing
+# ReNO (arXiv 2406.04312, arguments.py and rewards/*.py of its code): reward -> (weight, offset)
+RENO = {
+    "hpsv2.1": (5.0, 1.0),
+    "imagereward": (1.0, 2.0),
+    "clip": (0.01, 100.0),
+    "pickscore": (0.05, 30.0),
+    "aesthetic": (0.0, 10.0),
+}
 
 
 def standardized(scores: Tensor) -> Tensor:
@@ -57,6 +65,27 @@ def weighted_advantages(
                          f"of {', '.join(scores) or 'none'}")  # fmt: skip
     total = torch.stack([weights[name] * within_groups(score, groups) for name, score in scores.items()]).sum(0)
     return standardized(total) if rescaled else total
+
+
+def shortfall(scores: Mapping[str, Tensor], presets: Mapping[str, tuple[float, float]] = RENO) -> Tensor:
+    """sum_k w_k (offset_k - r_k), [B], with gradient: ReNO's loss, lower is better, of the rewards that there are.
+
+    An offset is a score that is hardly reached, so that the loss stays above 0; it does not change the gradient, which
+    is that of the weighted sum. One of weight 0 is left out, as in `Weighted`. ReNO's CLIP is a ViT-H/14 and 100 cos.
+
+    Args:
+        scores: by name, each [B] and in the unit that this project's reward has.
+        presets: name -> (weight, offset).
+
+    Raises:
+        ValueError: no score, or one without a preset.
+    """
+    if not scores or (unknown := sorted(scores.keys() - presets.keys())):
+        got = "no score" if not scores else f"scores of {', '.join(unknown)}"
+        raise ValueError(f"expected scores of some of {', '.join(presets)}, got {got}; give presets of your own")
+    chosen = {name: presets[name] for name in scores}
+    terms = [weight * (offset - scores[name].float()) for name, (weight, offset) in chosen.items() if weight]
+    return torch.stack(terms).sum(0) if terms else torch.zeros_like(next(iter(scores.values())).float())
 
 
 @final

@@ -42,17 +42,7 @@ class LocalVLM:
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-        number = dtype_named(dtype)
-        try:
-            self.processor = AutoProcessor.from_pretrained(str(weights))
-            model = AutoModelForImageTextToText.from_pretrained(str(weights), dtype=number)
-        except (OSError, ValueError, KeyError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{weights}: expected a vision-language model of transformers with its processor, could not load it "
-                f"({said}); with a network, run `hf download {weights}` once, or give a folder as weights"
-            ) from error
-        self.model = model.to(device).requires_grad_(False).eval()
+        self.processor, self.model = load_vlm(weights, device, dtype)
         self.max_tokens = max_tokens
         self._ends = _end_tokens(self.model.generation_config.eos_token_id)
         self._turn = threading.Lock()
@@ -64,11 +54,7 @@ class LocalVLM:
         Raises:
             ValueError: a picture with more than 8 bits per channel.
         """
-        parts: list[dict[str, Any]] = [{"type": "image", "image": to_rgb(picture)} for picture in pictures]
-        turns = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-        inputs = self.processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
+        inputs = user_turn(self.processor, pictures, text).to(self.model.device, self.model.dtype)
         with self._turn:
             # checkpoints bring sampling settings of their own, which transformers warns of unless they are unset
             made = self.model.generate(
@@ -78,6 +64,38 @@ class LocalVLM:
         if int(written[-1]) not in self._ends:
             return Answer(None, f"the answer was cut after max_tokens ({self.max_tokens}); give more")
         return Answer(self.processor.batch_decode(written[None], skip_special_tokens=True)[0])
+
+
+def load_vlm(weights: str | Path, device: torch.device | str, dtype: str) -> tuple[Any, Any]:
+    """(processor, frozen model in eval mode) of a folder or hub id.
+
+    Raises:
+        ValueError: an unknown dtype, or a checkpoint that is not to be had or not image-text-to-text.
+    """
+    number = dtype_named(dtype)
+    try:
+        processor = AutoProcessor.from_pretrained(str(weights))
+        model: Any = AutoModelForImageTextToText.from_pretrained(str(weights), dtype=number)
+    except (OSError, ValueError, KeyError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{weights}: expected a vision-language model of transformers with its processor, could not load it "
+            f"({said}); with a network, run `hf download {weights}` once, or give a folder as weights"
+        ) from error
+    return processor, model.to(device).requires_grad_(False).eval()
+
+
+def user_turn(processor: Any, pictures: Sequence[Image.Image], text: str) -> Any:
+    """What the model reads when a user shows the pictures, then says the text, and it is to answer.
+
+    Raises:
+        ValueError: a picture with more than 8 bits per channel.
+    """
+    parts: list[dict[str, Any]] = [{"type": "image", "image": to_rgb(picture)} for picture in pictures]
+    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def _end_tokens(ids: int | list[int] | None) -> set[int]:

@@ -83,7 +83,7 @@ def letterbox_recipe(size: int, antialias: bool = True, mean: Triple = CLIP_MEAN
 def hf_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 1]; equal to the last bit to transformers' PIL processor before its normalization."""
     resized = to_rgb(picture).resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
-    return _tensor(_center(resized, size, margin_floor))
+    return to_tensor(_center(resized, size, margin_floor))
 
 
 def openai_picture(picture: Image.Image, size: int) -> Tensor:
@@ -94,12 +94,12 @@ def openai_picture(picture: Image.Image, size: int) -> Tensor:
     """
     check_depth(picture)
     resized = picture.resize(short_side(*picture.size, size), Image.Resampling.BICUBIC)
-    return _tensor(to_rgb(_center(resized, size, margin_half_even)))
+    return to_tensor(to_rgb(_center(resized, size, margin_half_even)))
 
 
 def square_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] in [0, 1]."""
-    return _tensor(to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
+    return to_tensor(to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def hf_pixels(pixels: Tensor, size: int) -> Tensor:
@@ -136,12 +136,12 @@ def aliased_pixels(pixels: Tensor, size: int) -> Tensor:
 
 def letterbox_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] of any picture, by `letterbox_pixels`."""
-    return letterbox_pixels(_tensor(to_rgb(picture))[None], size)[0]
+    return letterbox_pixels(to_tensor(to_rgb(picture))[None], size)[0]
 
 
 def aliased_picture(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] of any picture, by `aliased_pixels`."""
-    return aliased_pixels(_tensor(to_rgb(picture))[None], size)[0]
+    return aliased_pixels(to_tensor(to_rgb(picture))[None], size)[0]
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -219,7 +219,7 @@ def _center(picture: Image.Image, size: int, margin: Margin) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 

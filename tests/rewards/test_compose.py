@@ -15,6 +15,7 @@ from diffalign.rewards.compose import (
     log_sigmoid_centered,
     non_dominated,
     reference_quantile,
+    shortfall,
     standardized,
     uncertainty_weighted,
     weighted_advantages,
@@ -125,3 +126,23 @@ def test_agreement_names_conflict_and_uniform_groups():
 def test_groups_of_another_length_are_named():
     with pytest.raises(ValueError, match=r"got \[6\] and \[2\]"):
         within_groups(SCORES, GROUPS[:2])
+
+
+def test_the_shortfall_is_renos_loss_and_its_gradient_that_of_the_weighted_sum():
+    values = {"hpsv2.1": 0.3, "imagereward": 0.5, "clip": 30.0, "pickscore": 22.0}
+    scores = {name: torch.tensor([value], requires_grad=True) for name, value in values.items()}
+    loss = shortfall(scores)
+    assert loss.item() == pytest.approx(5 * (1 - 0.3) + (2 - 0.5) + 0.01 * (100 - 30) + 0.05 * (30 - 22))
+    loss.sum().backward()
+    assert {name: -score.grad.item() for name, score in scores.items()} == pytest.approx(
+        {"hpsv2.1": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}
+    )
+    missing = {"aesthetic": torch.tensor([float("nan")]), "imagereward": torch.tensor([1.0])}
+    assert shortfall(missing).item() == 1.0, "a weight of 0 leaves it out"
+    assert shortfall({"a": torch.tensor([3.0])}, {"a": (2.0, 5.0)}).item() == 4.0
+
+
+@pytest.mark.parametrize(("scores", "message"), [({}, "got no score"), ({"jpeg": torch.ones(1)}, "got scores of jpeg")])
+def test_the_shortfall_names_what_has_no_preset(scores, message):
+    with pytest.raises(ValueError, match=message):
+        shortfall(scores)
