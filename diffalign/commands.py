@@ -95,7 +95,8 @@ def check_reward(label: str, section: float | Mapping[str, Any]) -> None:
     coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
     if (clips := keywords.pop("clips", None)) is not None:
         bind(CLIPS, clip_section(label, clips), what="reward", reward=None)
-    bind(REWARDS, {"name": label, **keywords}, what="reward", device="cpu")
+    device = keywords.pop("device", "cpu")
+    bind(REWARDS, {"name": label, **keywords}, what="reward", device=device)
 
 
 def fill_cache(config: str, overrides: Sequence[str]) -> Result:

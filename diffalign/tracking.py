@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections import defaultdict
@@ -135,7 +136,10 @@ class Pace:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per logged step; a resumed run first forgets the lines after its checkpoint."""
+    """metrics.jsonl: one line per logged step; a resumed run first forgets the lines after its checkpoint.
+
+    A value that is no number is left out, as of a reward that had no score for any picture: JSON has no NaN.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
@@ -143,8 +147,9 @@ class MetricsFile:
         path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = {name: value for name, value in values.items() if math.isfinite(value)}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
 
 
 class DisplacementAlarm:

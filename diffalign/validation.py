@@ -89,7 +89,7 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
         return lambda trained, path: {}
     rows = own_rows(count, accelerator)
     prompts = [config.validation_prompts[row] for row in rows]
-    rewards = load_rewards(config.rewards) if config.rewards else None
+    rewards = load_rewards(config.rewards, device=accelerator.device) if config.rewards else None
     decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
     noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
     condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))

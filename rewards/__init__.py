@@ -87,7 +87,7 @@ def load_rewards(
     """The weighted sum that a `rewards` section asks for: {"shapes": 1.0, "clip": {"weight": 0.01, "model": ...}}.
 
     A mapping may give a `name`; then its key is only the label in the log, and one reward can be there twice with
-    different models. The weight is 1 if not given; 0 only logs.
+    different models. The weight is 1 if not given; 0 only logs. It may also give a `device` of its own.
 
     Raises:
         ValueError: as `load_reward`, an empty section, or a weight that is not a finite number.
@@ -101,4 +101,4 @@ def _weighted(label: str, section: float | Mapping[str, object], device: torch.d
     keywords: dict[str, Any] = dict(section) if isinstance(section, Mapping) else {"weight": section}
     weight = coerce(keywords.pop("weight", 1.0), float, f"rewards.{label}")
     name = str(keywords.pop("name", label))
-    return load_reward(name, device=device, **keywords), weight
+    return load_reward(name, **{"device": device} | keywords), weight

@@ -181,6 +181,12 @@ def test_load_rewards_reads_weights_keywords_and_labels():
     assert load_rewards({"shapes": {"mode": "score"}}).weights == {"shapes": 1.0}
 
 
+def test_a_section_may_name_the_device_of_its_reward():
+    two = load_rewards({"a": {"name": "tiny-clip"}, "b": {"name": "tiny-clip", "device": "cpu"}}, device="meta")
+    places = {name: reward.tower.device.type for name, reward in two.rewards.items()}
+    assert places == {"a": "meta", "b": "cpu"}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
