@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.mps import counted
+from diffalign.rewards.mps import CONDITION, PromptReader, counted
 
 OPAQUE = ["astronaut_512", "coffee_600x400", "chelsea_451x300", "china_640x427", "portrait_256x400", "exact_224"]
 
@@ -86,6 +86,20 @@ def test_no_score_depends_on_its_batch(reward: Any):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     torch.testing.assert_close(together, reward(*zip(*pairs[::-1], strict=True)).flip(0), atol=1e-4, rtol=0)
     assert together.std() > 1
+
+
+def test_a_prompt_is_read_once_and_again_with_other_weights(weights: Path, backbone: Path, monkeypatch: Any):
+    reward, asked = load_reward("mps", weights=weights, backbone=str(backbone)), []
+    read = PromptReader.text_features
+    monkeypatch.setattr(PromptReader, "text_features", lambda self, some: asked.extend(some) or read(self, some))
+    pictures = [oracle.photographs()[name] for name in OPAQUE[:3]]
+    before = reward(pictures, ["tea", "a cat", "tea"])
+    reward(pictures[1:2], ["a cat"])
+    assert asked == [CONDITION, "tea", "a cat"]
+    with torch.no_grad():
+        reward.clip.text_projection.weight.mul_(torch.arange(32)[:, None])
+    assert (reward(pictures, ["tea", "a cat", "tea"]) - before).abs().min() > 0.01
+    assert asked == [CONDITION, "tea", "a cat"] * 2
 
 
 def test_the_float_path_is_near_the_exact_one(reward: Any):
