@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards.base import Images, Reward, check_images, check_prompts, flatten_frames, full_precision
+from diffalign.rewards.base import (
+    Explains,
+    Images,
+    Reward,
+    check_images,
+    check_prompts,
+    flatten_frames,
+    full_precision,
+)
 from diffalign.rewards.preprocess import to_rgb
 
 ScoreClips = Callable[[Sequence[Tensor], Sequence[str]], Tensor]
@@ -65,7 +73,8 @@ class Frames:
     """A picture reward on clips: which frames it sees, and how their scores become one. Pictures are scored as ever.
 
     A still clip scores what its picture does, whatever the choice. A gradient reaches the frames that are taken; with
-    `min` and `first` only one of them.
+    `min` and `first` only one of them. Where the reward says why a score is missing (`Explains`), so does this: of a
+    clip, what it says of the first frame without one.
 
     Args:
         reward: of pictures.
@@ -85,17 +94,28 @@ class Frames:
             raise ValueError(f"clips: {reward.name} watches whole clips; how many frames it takes is its own keyword")
         self.reward, self.frames, self.reduce = reward, frames, reduce
         self.name, self.card = reward.name, reward.card
+        if isinstance(reward, Explains):  # else there is no such attribute, so that this is no `Explains` either
+            self.reasons = list(reward.reasons)
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`."""
         if not isinstance(images, Tensor) or images.ndim != 5:
-            return self.reward(images, prompts)
+            return self._scored(images, prompts, 1)
         check_images(images)
         check_prompts(prompts, len(images))
         taken = images[:, spread(images.shape[1], 1 if self.reduce == "first" else self.frames)]
         flat, count = flatten_frames(taken)
-        scores = self.reward(flat, [prompt for prompt in prompts for _ in range(count)])
+        scores = self._scored(flat, [prompt for prompt in prompts for _ in range(count)], count)
         return REDUCTIONS[self.reduce](scores.view(-1, count))
+
+    def _scored(self, pictures: Images, prompts: Sequence[str], count: int) -> Tensor:
+        """Of every picture; the reasons are of every `count` of them."""
+        scores = self.reward(pictures, prompts)
+        if isinstance(self.reward, Explains):
+            said = self.reward.reasons
+            clips = (said[start : start + count] for start in range(0, len(said), count))
+            self.reasons = [next(filter(None, frames), "") for frames in clips]
+        return scores
 
 
 def _of_picture(picture: Image.Image) -> Tensor:

@@ -14,8 +14,9 @@ The released code computes in fp16 throughout, positions too, whose angles it th
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -30,13 +31,15 @@ from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.checkpoints import check_keys, load_strictly, read_state
 from diffalign.rewards.mps_network import CrossModel, head_sizes
 from diffalign.rewards.preprocess import hf_recipe
-from diffalign.rewards.towers import dtype_named
+from diffalign.rewards.texts import TextFeatures
+from diffalign.rewards.towers import dtype_named, state_of
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
     "texture, quantity, attributes, position, number, location, word, things."
 )
 THRESHOLD = 0.3
+KEPT = 256  # prompts whose tokens are kept: 80 MB in fp32 as released, 78 rows of 1024 each
 UNUSED = ("model.text_model.embeddings.position_ids", "model.vision_model.embeddings.position_ids")
 CONVERT = (
     "the released MPS_overall_checkpoint.pth (Google Drive, linked in github.com/Kwai-Kolors/MPS) is a pickled object "
@@ -90,17 +93,16 @@ class MPS:
         kind = dtype_named(dtype)
         path = _located(weights)
         state = _tensors(path)
-        config, self.tokenizer = _backbone(backbone)
+        config, tokenizer = _backbone(backbone)
         self.clip = _clip(state, config, path, kind).to(device)
         self.head = _head(state, path, kind).to(device)
-        self.threshold = threshold
+        self.threshold, self.condition = threshold, condition
         self.recipe = hf_recipe(config.vision_config.image_size)
-        self.context = int(config.text_config.max_position_embeddings)
+        self.reader = PromptReader(self.clip, tokenizer)
         self.scale = float(self.clip.logit_scale.float().exp())
         self.card = replace(self.card, range=(-self.scale, self.scale), side=self.recipe.size)
-        self._tell_cut = CutPrompts(self.name)
-        self._condition, _ = self._read([condition])
-        self._known: tuple[tuple[str, ...], tuple[Tensor, Tensor]] | None = None
+        tell_cut = CutPrompts(self.name)
+        self._texts = TextFeatures(KEPT, lambda prompts: tell_cut(self.reader.too_long(prompts)), unit=False)
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`."""
@@ -113,30 +115,51 @@ class MPS:
         return self._score(self.recipe.pixels(pixels), prompts)
 
     def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
-        words, ends = self._words(prompts)
+        rows = self._texts(self.reader, [self.condition, *prompts])
+        condition, words, ends = rows[:1, :-1], rows[1:, :-1], rows[1:, -1]
         states = self.clip.vision_model(pixel_values=x.to(self.clip.device, self.clip.dtype)).last_hidden_state
         seen = self.clip.visual_projection(states)  # of every token, before the norm that CLIP's pooling has
-        found = self.head(seen, words, counted(words, self._condition, self.threshold))[:, 0]
+        found = self.head(seen, words, counted(words, condition, self.threshold))[:, 0]
         return self.scale * F.cosine_similarity(ends.float(), found.float(), dim=-1)
 
-    def _words(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens [B, 77, D], ends [B, D]); the latest set of prompts is kept, as in `CosineScore.text_features`."""
-        distinct = tuple(dict.fromkeys(prompts))
-        if self._known is None or self._known[0] != distinct:
-            self._tell_cut(
-                [prompt for prompt in distinct if len(self._ids([prompt], truncation=False)[0]) > self.context]
-            )
-            self._known = distinct, self._read(distinct)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        words, ends = self._known[1]
-        return words[rows], ends[rows]
+
+@final
+@dataclass(frozen=True)
+class PromptReader:
+    """The text side of MPS's CLIP, for `TextFeatures`."""
+
+    clip: Any
+    tokenizer: Any
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor(self._ids(texts, truncation=True, padding="max_length", max_length=self.context))
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """[B, 78, D] of B prompts, in the type of the network: the 77 tokens, then what the end token sums up."""
+        ids = torch.tensor(self._ids(prompts, truncation=True, padding="max_length", max_length=self._context))
         # without a mask, as released: the padding takes part
         out = self.clip.text_model(input_ids=ids.to(self.clip.device))
-        return self.clip.text_projection(out.last_hidden_state), self.clip.text_projection(out.pooler_output)
+        projected: Tensor = self.clip.text_projection(torch.cat([out.last_hidden_state, out.pooler_output[:, None]], 1))
+        return projected
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which only a part is read."""
+        ids = self._ids(prompts, truncation=False)
+        return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self._context]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.clip.device)
+
+    @property
+    def state(self) -> Hashable:
+        return state_of(self.clip, self._weights)
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list(self.clip.parameters())  # walking over a large model takes milliseconds
+
+    @property
+    def _context(self) -> int:
+        return int(self.clip.config.text_config.max_position_embeddings)
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(list(texts), verbose=False, **options).input_ids

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign.rewards.base import full_precision
-from diffalign.rewards.towers import Tower
 
 LIMIT = 4096  # prompts; 16 MB at a width of 1024
 TOGETHER = 64  # new prompts in one forward pass, where they are encoded together
 
 
+class Reader(Protocol):
+    """The text side of a `Tower`, or what reads prompts as one does."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def state(self) -> Hashable:
+        """Another value after its weights have moved, changed their type or were overwritten."""
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """[B, ...], a row for each prompt, which depends on that prompt alone."""
+
+
 class TextFeatures:
-    """Unit features of the latest prompts by one tower, fp32, without gradient.
+    """What one reader makes of the latest prompts, without gradient; of a tower, features of unit length in fp32.
 
     On a CPU a prompt is encoded alone: a row changes in its last bits with the size of its batch, and no score is to
     depend on what was asked before. On other devices, where the launches of a forward pass cost more than its
@@ -27,41 +42,46 @@ class TextFeatures:
     Args:
         limit: prompts that are kept; the one that was asked for longest ago goes first.
         new: told of the prompts that are encoded for the first time, or again.
+        unit: whether features [D] are brought to unit length.
     """
 
-    def __init__(self, limit: int = LIMIT, new: Callable[[Sequence[str]], None] | None = None) -> None:
-        self.limit, self._new = limit, new
-        self._of: tuple[Tower, Hashable] | None = None
+    def __init__(
+        self, limit: int = LIMIT, new: Callable[[Sequence[str]], None] | None = None, unit: bool = True
+    ) -> None:
+        self.limit, self._new, self._unit = limit, new, unit
+        self._of: tuple[Reader, Hashable] | None = None
         self._rows: dict[str, Tensor] = {}  # oldest first
 
-    def __call__(self, tower: Tower, prompts: Sequence[str]) -> Tensor:
-        """[B, D] of B prompts, on the tower's device; each distinct one goes through the tower at most once."""
+    def __call__(self, tower: Reader, prompts: Sequence[str]) -> Tensor:
+        """[B, ...] of B prompts, on the tower's device; each distinct one goes through the tower at most once."""
         self._forget_unless_of(tower)
         found = {prompt: self._rows.pop(prompt) for prompt in dict.fromkeys(prompts) if prompt in self._rows}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing and self._new:
             self._new(missing)
         for some in _parts(missing, tower):
-            found |= zip(some, _encoded(tower, some), strict=True)
+            found |= zip(some, _encoded(tower, some, self._unit), strict=True)
         self._rows |= found
         for prompt in list(self._rows)[: max(0, len(self._rows) - self.limit)]:
             del self._rows[prompt]
         return torch.stack([found[prompt] for prompt in prompts])
 
-    def _forget_unless_of(self, tower: Tower) -> None:
+    def _forget_unless_of(self, tower: Reader) -> None:
         state = tower.state
         if self._of is None or self._of[0] is not tower or self._of[1] != state:
             self._of, self._rows = (tower, state), {}
 
 
-def _parts(prompts: Sequence[str], tower: Tower) -> Iterator[Sequence[str]]:
+def _parts(prompts: Sequence[str], tower: Reader) -> Iterator[Sequence[str]]:
     size = 1 if tower.device.type == "cpu" else TOGETHER
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
 
 
-def _encoded(tower: Tower, prompts: Sequence[str]) -> list[Tensor]:
+def _encoded(tower: Reader, prompts: Sequence[str], unit: bool) -> list[Tensor]:
     # what is made in inference mode could not be used for a gradient later
     with torch.inference_mode(False), torch.no_grad(), full_precision():
-        rows = F.normalize(tower.text_features(prompts), dim=-1)
-        return [row.clone() for row in rows]  # a view would keep its whole batch alive
+        rows = tower.text_features(prompts)
+        return [
+            row.clone() for row in (F.normalize(rows, dim=-1) if unit else rows)
+        ]  # a view would keep its whole batch alive

@@ -131,7 +131,7 @@ class TransformersTower:
 
     @property
     def state(self) -> Hashable:
-        return _state(self.model, self._weights)
+        return state_of(self.model, self._weights)
 
     @cached_property
     def _weights(self) -> list[Tensor]:
@@ -176,7 +176,7 @@ class OpenCLIPTower:
 
     @property
     def state(self) -> Hashable:
-        return _state(self.model, self._weights)
+        return state_of(self.model, self._weights)
 
     @cached_property
     def _weights(self) -> list[Tensor]:
@@ -192,8 +192,8 @@ class OpenCLIPTower:
         return int(self.model.context_length)
 
 
-def _state(model: Any, weights: Sequence[Tensor]) -> Hashable:
-    """Every write in place counts up the version of its tensor; a move or a cast gives it other memory."""
+def state_of(model: Any, weights: Sequence[Tensor]) -> Hashable:
+    """For `Tower.state`: every write in place counts up a tensor's version; a move or a cast gives it other memory."""
     first = model.logit_scale  # anew from the model: other parameters may have been put in the place of `weights`
     versions = sum(0 if weight.is_inference() else weight._version for weight in (first, *weights))
     return first.device, first.dtype, first.data_ptr(), versions

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import zoo
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards import REWARDS, preprocess
+from diffalign.rewards import REWARDS
 from diffalign.rewards.base import Reward
 from diffalign.table import resolve
 
@@ -73,16 +73,15 @@ def measure(name: str) -> Gaps:
 
 @contextmanager
 def resizing(**other: Any) -> Iterator[None]:
-    """Wrong float recipes: `antialias=False` as torchvision before 0.17, `mode="bilinear"` as AlignProp."""
+    """Wrong float recipes, in all of torch: `antialias=False` as torchvision before 0.17, `mode="bilinear"` as
+    AlignProp."""
+    interpolate = F.interpolate
 
-    def interpolate(x: Tensor, **keywords: Any) -> Tensor:
-        return F.interpolate(x, **keywords | other)
+    def wrong(x: Tensor, **keywords: Any) -> Tensor:
+        return interpolate(x, **keywords | other)
 
-    preprocess.F = SimpleNamespace(interpolate=interpolate, pad=F.pad)  # type: ignore[attr-defined]
-    try:
+    with mock.patch.object(F, "interpolate", wrong):
         yield
-    finally:
-        preprocess.F = F  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import open_clip
@@ -30,6 +31,7 @@ from diffalign.rewards.affine import HIDDEN
 from diffalign.rewards.blip import BertSizes, ViTSizes
 from diffalign.rewards.blip_itm import BlipMatcher
 from diffalign.rewards.imagereward import ImageRewardNetwork
+from diffalign.rewards.mps_network import CrossModel, HeadSizes
 
 LOGIT_SCALE = 4.6052  # ln 100
 TINY_HPS = {
@@ -46,6 +48,7 @@ BLIP = (
     ViTSizes(grid=4, patch=16, width=32, hidden=64, layers=2, heads=4),
     BertSizes(words=30524, positions=40, width=36, seen_width=32, hidden=48, layers=2, heads=3),
 )
+MPS_HEAD = HeadSizes(width=32, layers=2, heads=4, inner=8)
 
 
 def pickscore(folder: Path) -> Path:
@@ -153,3 +156,38 @@ def siglip(folder: Path) -> Path:
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder
+
+
+def mps_config() -> CLIPConfig:
+    tower = {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"hidden_size": 32, "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
+    vision = tower | {"hidden_size": 48, "image_size": 224, "patch_size": 28}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+
+
+def mps_backbone(folder: Path) -> Path:
+    """Config and tokenizer of the CLIP under the small MPS."""
+    mps_config().save_pretrained(folder)
+    oracle.clip_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def mps_state() -> dict[str, Tensor]:
+    """All keys of the released model's state dict, small, in fp16."""
+    with torch.device("meta"):
+        head, clip = CrossModel(MPS_HEAD), CLIPModel(mps_config())
+    shapes = {f"cross_model.{key}": value for key, value in head.state_dict().items()}
+    shapes |= {f"model.{key}": value for key, value in clip.state_dict().items()}
+    state = oracle.seeded(shapes)
+    frequencies = 1 / 10000 ** (torch.arange(0, MPS_HEAD.inner, 2).float() / MPS_HEAD.inner)
+    for layer in range(MPS_HEAD.layers):
+        state[f"cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = frequencies.half()
+        for part in (0, 1):
+            state[f"cross_model.layers.{layer}.{part}.fn.norm.bias"] = torch.zeros(MPS_HEAD.width).half()
+    return state | {"model.logit_scale": torch.tensor(math.log(100)).half()}
+
+
+def mps(folder: Path) -> Path:
+    """mps.pth, as the conversion of the released object leaves it."""
+    torch.save(mps_state(), folder / "mps.pth")
+    return folder / "mps.pth"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import oracle
 import small_checkpoints
+import small_language_models
+import tiny_qwen
 from PIL import Image
+from torch import Tensor, nn
 
 from diffalign.answers import Answer
 from diffalign.rewards import load_reward
@@ -43,7 +46,7 @@ class Small:
 
 @functools.cache
 def made(make: Callable[[Path], Path]) -> Path:
-    """What a function of `small_checkpoints` leaves in a folder that lives as long as this process."""
+    """What a function that writes a checkpoint leaves in a folder that lives as long as this process."""
     folder = tempfile.TemporaryDirectory(prefix="diffalign-zoo-")
     _FOLDERS.append(folder)
     return make(Path(folder.name))
@@ -84,6 +87,30 @@ def aesthetic_siglip(**keywords: Any) -> Reward:
 
 def siglip(**keywords: Any) -> Reward:
     return load_reward("siglip", weights=made(small_checkpoints.siglip), **keywords)
+
+
+def mps(**keywords: Any) -> Reward:
+    backbone = str(made(small_checkpoints.mps_backbone))
+    return load_reward("mps", weights=made(small_checkpoints.mps), backbone=backbone, **keywords)
+
+
+def hpsv3(dtype: str = "float32") -> Reward:
+    base = str(made(tiny_qwen.qwen2_base))
+    return load_reward("hpsv3", weights=made(small_language_models.hpsv3), base=base, dtype=dtype)
+
+
+def videoreward(dtype: str = "float32") -> Reward:
+    base = str(made(small_language_models.videoreward_base))
+    return load_reward("videoreward", weights=made(small_language_models.videoreward), base=base, dtype=dtype)
+
+
+def videoscore(dtype: str = "float32") -> Reward:
+    return load_reward("videoscore", weights=made(small_language_models.videoscore), dtype=dtype)
+
+
+def vqascore(dtype: str = "float32") -> Reward:
+    # one letter is one token of its vocabulary
+    return load_reward("vqascore", weights=made(tiny_qwen.qwen25_vl), answer="Y", dtype=dtype)
 
 
 def level(picture: Image.Image) -> float:
@@ -134,15 +161,20 @@ ZOO: dict[str, Small] = {
     "geneval": Small(geneval, ("a dog", "a cat")),
     "hpsv2": Small(functools.partial(hps, "hpsv2")),
     "hpsv2.1": Small(functools.partial(hps, "hpsv2.1")),
+    "hpsv3": Small(hpsv3),
     "imagereward": Small(imagereward),
     "jpeg": Small(functools.partial(load_reward, "jpeg")),
+    "mps": Small(mps),
     "ocr": Small(ocr, ('a sign that says "open"', 'a "shut" door')),
     "pickscore": Small(functools.partial(clip, "pickscore")),
     "shapes": Small(functools.partial(load_reward, "shapes", mode="score"), CAPTIONS),
     "siglip": Small(siglip),
     "tiny-clip": Small(functools.partial(load_reward, "tiny-clip")),
     "unifiedreward": Small(functools.partial(load_reward, "unifiedreward", judge=ByLevel())),
+    "videoreward": Small(videoreward),
+    "videoscore": Small(videoscore),
     "vlm": Small(vlm),
+    "vqascore": Small(vqascore),
     "winrate": Small(functools.partial(load_reward, "winrate", preference=ByLevel()), grouped=True),
 }
 
@@ -150,3 +182,12 @@ ZOO: dict[str, Small] = {
 def pictures() -> list[Image.Image]:
     """The oracle's twelve photographs."""
     return list(oracle.photographs().values())
+
+
+def holdings(thing: Any) -> Iterator[tuple[dict[str, Any], str, nn.Module | Tensor]]:
+    """(attributes, name, value) of every network and tensor that a reward holds, itself or in parts of diffalign."""
+    for name, value in list(vars(thing).items()):
+        if isinstance(value, nn.Module | Tensor):
+            yield vars(thing), name, value
+        elif type(value).__module__.startswith("diffalign."):
+            yield from holdings(value)

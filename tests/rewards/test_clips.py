@@ -7,7 +7,7 @@ import torch
 
 from diffalign.commands import check_reward
 from diffalign.rewards import load_reward, load_rewards
-from diffalign.rewards.base import Card, dispatch
+from diffalign.rewards.base import Card, Explains, dispatch
 from diffalign.rewards.clips import Frames, dispatch_clips, spread
 
 
@@ -68,6 +68,41 @@ def test_the_gradient_reaches_what_counts():
     assert reached["mean"] == [[1, 0, 1, 0, 1]] * 2
     assert reached["min"] == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     assert reached["first"] == [[1, 0, 0, 0, 0]] * 2
+
+
+class Unsure(Brightness):
+    """No score where it is too dark."""
+
+    reasons = ()
+
+    def _soft(self, pixels, prompts):
+        scores = super()._soft(pixels, prompts)
+        self.reasons = ["" if score > 25 else f"{score:.0f} is too dark" for score in scores.tolist()]
+        return torch.where(scores > 25, scores, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({}, ["21 is too dark", "22 is too dark"]),
+        ({"frames": 3, "reduce": "min"}, ["21 is too dark", "22 is too dark"]),
+        ({"reduce": "first"}, ["21 is too dark", ""]),
+    ],
+)
+def test_why_a_score_is_missing_is_passed_on(options, reasons):
+    reward = Frames(reward=Unsure(), **options)
+    assert isinstance(reward, Explains) and reward.reasons == []
+    scores = reward(ramp(), ["a", "bb"])
+    assert reward.reasons == reasons
+    assert scores.isnan().tolist() == [bool(reason) for reason in reasons]
+    reward(ramp()[0, :3], ["a"] * 3)
+    assert reward.reasons == ["21 is too dark", "", ""], "of pictures, one each"
+
+
+def test_a_reward_without_reasons_gets_none():
+    reward = Frames(reward=Brightness())
+    reward(ramp(), ["a", "bb"])
+    assert not isinstance(reward, Explains)
 
 
 def test_frames_are_spread_from_first_to_last():

@@ -9,6 +9,7 @@ import torch
 import zoo
 from gaps import with_gradient
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffalign.rewards import REWARDS
 from diffalign.rewards.base import Reward, Weighted
@@ -67,19 +68,33 @@ def test_scores_in_company_are_those_alone(name: str, reward_of: Any):
     assert torch.equal(both.terms[name], reward_of(name)(pictures, prompts))
 
 
-def in_double(reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in float64, so that differences are exact enough: what asks for fp32 gets float64."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    for part in (*vars(reward).values(), *vars(vars(reward).get("tower", reward)).values()):
-        if isinstance(part, nn.Module):
-            part.double()
+class InDouble(TorchFunctionMode):
+    """Whatever asks for fp32 gets float64, in transformers too, so that differences are exact enough."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {key: _wider(value) for key, value in (kwargs or {}).items()}
+        return (Tensor.double if func is Tensor.float else func)(*map(_wider, args), **given)
+
+
+def _wider(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def widen(reward: Reward) -> None:
+    for attributes, name, value in zoo.holdings(reward):
+        attributes[name] = value.double()
 
 
 @pytest.mark.parametrize("name", with_gradient())
-def test_the_gradient_is_that_of_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_gradient_is_that_of_finite_differences(name: str):
     """In a random direction and in the gradient's own, through resize, network and head."""
     reward, prompts = zoo.ZOO[name].build(), list(zoo.ZOO[name].prompts[:2])
-    in_double(reward, monkeypatch)
+    widen(reward)
+    with InDouble():
+        check_gradient(reward, prompts)
+
+
+def check_gradient(reward: Reward, prompts: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 + 0.4 * torch.rand(2, 3, 40, 36, generator=generator, dtype=torch.float64)
     score = reward(pixels.requires_grad_(), prompts)
@@ -97,9 +112,9 @@ def test_the_gradient_is_that_of_finite_differences(name: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", with_gradient())
 def test_weights_are_frozen_and_in_eval_mode(name: str, reward_of: Any):
     reward = reward_of(name)
-    owners = (*vars(reward).values(), *vars(vars(reward).get("tower", reward)).values())
-    modules = [part for part in owners if isinstance(part, nn.Module)]
-    assert modules
+    held = [value for _, _, value in zoo.holdings(reward)]
+    modules = [value for value in held if isinstance(value, nn.Module)]
+    assert modules and not any(value.requires_grad for value in held if isinstance(value, Tensor))
     for module in modules:
         assert not any(weight.requires_grad for weight in module.parameters())
         assert not any(part.training for part in module.modules())

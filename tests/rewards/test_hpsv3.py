@@ -9,10 +9,11 @@ from typing import Any
 
 import oracle
 import pytest
+import small_language_models as small
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_qwen import CHAT, qwen2_base, qwen2_shapes, tokenizer
+from tiny_qwen import CHAT, qwen2_base, tokenizer
 from torch import Tensor
 
 from diffalign.rewards import load_reward
@@ -21,15 +22,8 @@ from diffalign.rewards.qwen_pictures import patched
 from diffalign.rewards.qwen_reward import QwenReader, _turns, load_body
 from diffalign.rewards.rubrics import CAPTION, asked, rubric
 
-HEAD = {"rm_head.0.weight": [1024, 64], "rm_head.0.bias": [1024], "rm_head.3.weight": [16, 1024],
-        "rm_head.3.bias": [16], "rm_head.5.weight": [2, 16], "rm_head.5.bias": [2]}  # fmt: skip
-WORDS = len(tokenizer()) + 1
 SEEN = ["coffee_600x400", "astronaut_512", "portrait_256x400", "small_96x64"]
 SAID = ["a cup of tea", "", "a red circle", "茶 & ☕ {braces}"]
-
-
-def official(words: int) -> dict[str, Tensor]:
-    return oracle.seeded({key: torch.empty(shape) for key, shape in (qwen2_shapes(words) | HEAD).items()})
 
 
 def golden_pictures() -> list[Tensor]:
@@ -59,9 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hpsv3")
-    save_file(official(WORDS), folder / "HPSv3.safetensors")
-    return folder
+    return small.hpsv3(tmp_path_factory.mktemp("hpsv3"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def pictures() -> list[Image.Image]:
 @pytest.mark.parametrize("mrope", [False, True])
 def test_it_is_the_official_score_and_two_dimensional_positions_are_far_off(tmp_path: Path, mrope: bool):
     known = oracle.golden("qwen2vl_rewards")["hpsv3"]
-    state = official(320)
+    state = small.hpsv3_state(320)
     reader = golden_reader(tmp_path, state)
     cut = [patched(x) for x in golden_pictures()]
     ids, mask = torch.tensor(known["ids"]), torch.tensor(known["mask"])

@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
+import small_checkpoints
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.mps import counted
-from diffalign.rewards.mps_network import CrossModel, HeadSizes
+from diffalign.rewards.mps import CONDITION, PromptReader, counted
 
-TOWER = {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES = HeadSizes(width=32, layers=2, heads=4, inner=8)
 OPAQUE = ["astronaut_512", "coffee_600x400", "chelsea_451x300", "china_640x427", "portrait_256x400", "exact_224"]
-
-
-def config() -> CLIPConfig:
-    text = TOWER | {"hidden_size": 32, "vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
-    vision = TOWER | {"hidden_size": 48, "image_size": 224, "patch_size": 28}
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
-
-
-def official_state() -> dict[str, Tensor]:
-    """All keys of the released model's state dict, small, in fp16."""
-    with torch.device("meta"):
-        head, clip = CrossModel(SIZES), CLIPModel(config())
-    shapes = {f"cross_model.{key}": value for key, value in head.state_dict().items()}
-    shapes |= {f"model.{key}": value for key, value in clip.state_dict().items()}
-    state = oracle.seeded(shapes)
-    frequencies = 1 / 10000 ** (torch.arange(0, SIZES.inner, 2).float() / SIZES.inner)
-    for layer in range(SIZES.layers):
-        state[f"cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = frequencies.half()
-        for part in (0, 1):
-            state[f"cross_model.layers.{layer}.{part}.fn.norm.bias"] = torch.zeros(SIZES.width).half()
-    return state | {"model.logit_scale": torch.tensor(math.log(100)).half()}
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    config().save_pretrained(folder)
-    oracle.clip_tokenizer().save_pretrained(folder)
-    return folder
+    return small_checkpoints.mps_backbone(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mps") / "mps.pth"
-    torch.save(official_state(), path)
-    return path
+    return small_checkpoints.mps(tmp_path_factory.mktemp("mps"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +61,9 @@ def test_in_fp16_it_is_what_the_official_code_computes(weights: Path, backbone: 
 def test_the_layout_is_the_official_one():
     """The keys of one layer and of all that stands once, as the released classes name them."""
     known = set(oracle.golden("mps")["keys"])
-    ours = {key for key in official_state() if key.startswith("cross_model.layers.0.") or "layers." not in key}
+    ours = {
+        key for key in small_checkpoints.mps_state() if key.startswith("cross_model.layers.0.") or "layers." not in key
+    }
     assert ours == known and len(known) > 20
 
 
@@ -114,6 +86,20 @@ def test_no_score_depends_on_its_batch(reward: Any):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     torch.testing.assert_close(together, reward(*zip(*pairs[::-1], strict=True)).flip(0), atol=1e-4, rtol=0)
     assert together.std() > 1
+
+
+def test_a_prompt_is_read_once_and_again_with_other_weights(weights: Path, backbone: Path, monkeypatch: Any):
+    reward, asked = load_reward("mps", weights=weights, backbone=str(backbone)), []
+    read = PromptReader.text_features
+    monkeypatch.setattr(PromptReader, "text_features", lambda self, some: asked.extend(some) or read(self, some))
+    pictures = [oracle.photographs()[name] for name in OPAQUE[:3]]
+    before = reward(pictures, ["tea", "a cat", "tea"])
+    reward(pictures[1:2], ["a cat"])
+    assert asked == [CONDITION, "tea", "a cat"]
+    with torch.no_grad():
+        reward.clip.text_projection.weight.mul_(torch.arange(32)[:, None])
+    assert (reward(pictures, ["tea", "a cat", "tea"]) - before).abs().min() > 0.01
+    assert asked == [CONDITION, "tea", "a cat"] * 2
 
 
 def test_the_float_path_is_near_the_exact_one(reward: Any):

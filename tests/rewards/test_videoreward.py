@@ -9,9 +9,11 @@ from typing import Any
 
 import oracle
 import pytest
+import small_language_models as small
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_qwen import ROOM, qwen2_base, qwen2_shapes, tokenizer
+from small_language_models import adapted, factors
+from tiny_qwen import qwen2_base, tokenizer
 from torch import Tensor
 
 from diffalign.rewards import load_reward
@@ -21,38 +23,7 @@ from diffalign.rewards.rubrics import rubric
 from diffalign.rewards.videoreward import readout
 from diffalign.rewards.videoreward_files import TOKENS
 
-WORDS, RANK = len(tokenizer()) + 3, 4
-MEANS, DEVIATIONS = {"VQ": 0.5, "MQ": -0.25, "TA": 1.0}, {"VQ": 2.0, "MQ": 0.5, "TA": 1.5}
-CONFIG = {
-    "data_config": {"max_frame_pixels": 200704, "prompt_template_type": "detailed_special"},
-    "model_config": {"output_dim": 1, "use_special_tokens": True, "reward_token": "special"},
-    "peft_lora_config": {"lora_r": RANK, "lora_alpha": 8, "vision_lora": False, "use_rslora": False,
-                         "lora_namespan_exclude": ["lm_head", "rm_head", "embed_tokens", "visual"]},
-    "inference_config": {f"{d}_mean": value for d, value in MEANS.items()}
-    | {f"{d}_std": value for d, value in DEVIATIONS.items()},
-}  # fmt: skip
 CLIP_SIDES = (24, 36)
-
-
-def state_of(words: int, rows: int = 1) -> dict[str, Tensor]:
-    shapes = qwen2_shapes(words) | {"rm_head.weight": [rows, 64]}
-    return oracle.seeded({key: torch.empty(shape) for key, shape in shapes.items()})
-
-
-def adapted(state: dict[str, Tensor]) -> list[str]:
-    """The linear maps that the released training adapts: all of the language model."""
-    return [key.removesuffix(".weight") for key, value in state.items()
-            if key.startswith("model.layers.") and value.ndim == 2]  # fmt: skip
-
-
-def factors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    made = {}
-    for module in adapted(state):
-        out, into = state[f"{module}.weight"].shape
-        made[f"{module}.lora_A.weight"] = 0.1 * torch.randn(RANK, into, generator=generator)
-        made[f"{module}.lora_B.weight"] = 0.1 * torch.randn(out, RANK, generator=generator)
-    return made
 
 
 def by_hand(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,33 +35,14 @@ def by_hand(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def write(folder: Path, config: dict[str, Any] = CONFIG, rows: int = 1) -> Path:
-    """The adapter, what is trained beside it, and the settings, as the released training saves them."""
-    step = folder / "checkpoint-20"
-    step.mkdir(parents=True)
-    state = state_of(WORDS, rows)
-    low = {f"base_model.model.{key}": value for key, value in factors(state).items()}
-    save_file(low, step / "adapter_model.safetensors")
-    beside = {key: value for key, value in state.items()
-              if key.startswith("visual.") or key in ("model.embed_tokens.weight", "rm_head.weight")}  # fmt: skip
-    torch.save({f"base_model.model.{key}": value for key, value in beside.items()}, step / "non_lora_state_dict.pth")
-    (folder / "model_config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2-VL-2B-Instruct's layout: a tied language head that is not in the file, and room in the vocabulary."""
-    folder = qwen2_base(tmp_path_factory.mktemp("qwen2-vl-2b"))
-    state = state_of(ROOM)
-    del state["lm_head.weight"], state["rm_head.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return small.videoreward_base(tmp_path_factory.mktemp("qwen2-vl-2b"))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("videoreward"))
+    return small.videoreward(tmp_path_factory.mktemp("videoreward"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +61,7 @@ def test_it_is_the_official_score_and_two_dimensional_positions_are_far_off(tmp_
     config = json.loads((base / "config.json").read_text())
     config |= {"image_token_id": 300, "video_token_id": 301}  # those of the golden tokens
     (base / "config.json").write_text(json.dumps(config))
-    state = state_of(320)
+    state = small.videoreward_state(320)
     body = {key: value for key, value in state.items() if key not in ("rm_head.weight", "lm_head.weight")}
     model = load_body(body, str(base), 320, tmp_path, torch.float32, "a test")
     reader = QwenReader(model, tokenizer(), tuple(known["special_token_ids"]), "image")
@@ -145,7 +97,7 @@ def test_an_adapter_on_its_base_is_the_whole_model(reward: Any, weights: Path, b
     """model.pth is what the training saves instead, with the factors beside their base layers, or somebody merged."""
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "model_config.json").write_text((weights / "model_config.json").read_text())
-    state = state_of(WORDS)
+    state = small.videoreward_state(small.videoreward_words())
     saved = by_hand(state)
     if whole == "with factors":
         names = adapted(state)
@@ -160,7 +112,7 @@ def test_an_adapter_on_its_base_is_the_whole_model(reward: Any, weights: Path, b
 
 
 def test_the_lora_counts(reward: Any, weights: Path, base: Path, tmp_path: Path):
-    write(tmp_path / "x")
+    small.videoreward(tmp_path / "x")
     step = tmp_path / "x" / "checkpoint-20" / "adapter_model.safetensors"
     save_file({key: value if "lora_A" in key else 0 * value for key, value in load_file(step).items()}, step)
     without = load_reward("videoreward", weights=tmp_path / "x", base=str(base), dtype="float32")
@@ -170,7 +122,7 @@ def test_the_lora_counts(reward: Any, weights: Path, base: Path, tmp_path: Path)
 def test_the_qualities_are_normalized_and_summed(weights: Path, base: Path, reward: Any):
     raw = load_reward("videoreward", weights=weights, base=str(base), dtype="float32", normalize=False)
     given = raw.qualities(list(clips()), ["a", "b"])
-    means, deviations = (torch.tensor(list(table.values())) for table in (MEANS, DEVIATIONS))
+    means, deviations = (torch.tensor(list(table.values())) for table in (small.MEANS, small.DEVIATIONS))
     wanted = (given - means) / deviations
     torch.testing.assert_close(reward(clips(), ["a", "b"]), wanted.sum(1), atol=1e-5, rtol=0)
     for column, dimension in enumerate(("vq", "mq", "ta")):
@@ -249,7 +201,7 @@ LAYER = "base_model.model.model.layers.1.mlp.up_proj"
         ("adapter_model.safetensors", lambda s: s.pop(f"{LAYER}.lora_B.weight"), "lacks lora_B.weight"),
         ("adapter_model.safetensors", lambda s: [s.pop(f"{LAYER}.lora_{x}.weight") for x in "AB"],
          "not so for model.layers.1.mlp.up_proj"),
-        ("adapter_model.safetensors", lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(RANK, 5)}),
+        ("adapter_model.safetensors", lambda s: s.update({f"{LAYER}.lora_A.weight": torch.zeros(small.RANK, 5)}),
          r"factors \[rank, in\] and \[out, rank\] of a weight \[96, 64\], got \[4, 5\]"),
         ("adapter_model.safetensors", lambda s: s.update(more=torch.zeros(1)), "it has also more"),
         ("non_lora_state_dict.pth", lambda s: s.pop("base_model.model.visual.merger.ln_q.bias"),
@@ -259,7 +211,7 @@ LAYER = "base_model.model.model.layers.1.mlp.up_proj"
     ],
 )  # fmt: skip
 def test_other_files_are_refused(base: Path, tmp_path: Path, name: str, change: Any, message: str):
-    change_file(write(tmp_path / "x"), name, change)
+    change_file(small.videoreward(tmp_path / "x"), name, change)
     with pytest.raises(ValueError, match=message):
         load_reward("videoreward", weights=tmp_path / "x", base=str(base))
 
@@ -277,10 +229,10 @@ def test_other_files_are_refused(base: Path, tmp_path: Path, name: str, change: 
     ],
 )
 def test_other_settings_are_refused(base: Path, tmp_path: Path, change: Any, message: str):
-    config = json.loads(json.dumps(CONFIG))
+    config = json.loads(json.dumps(small.VIDEOREWARD))
     change(config)
     with pytest.raises(ValueError, match=message):
-        load_reward("videoreward", weights=write(tmp_path / "x", config), base=str(base))
+        load_reward("videoreward", weights=small.videoreward(tmp_path / "x", config), base=str(base))
 
 
 def test_what_is_not_there_is_named(base: Path, tmp_path: Path):

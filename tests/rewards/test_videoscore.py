@@ -8,42 +8,19 @@ from typing import Any
 
 import oracle
 import pytest
+import small_language_models
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_qwen import tokenizer
 from torch import Tensor
-from transformers import Idefics2Config, Idefics2Processor
-from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
 from diffalign.rewards import load_reward
 from diffalign.rewards.rubrics import rubric
-from diffalign.rewards.videoscore import QUALITIES, VideoScoreNetwork, stepped
+from diffalign.rewards.videoscore import QUALITIES, stepped
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """config.json, processor and weights under the names of the released class: model.* and score.*."""
-    folder = tmp_path_factory.mktemp("videoscore")
-    tokenizer().save_pretrained(folder / "words")
-    words = type(tokenizer()).from_pretrained(folder / "words")  # a copy of its own, to which tokens are added
-    images = Idefics2ImageProcessorPil(size={"shortest_edge": 28, "longest_edge": 56}, do_image_splitting=False)
-    processor = Idefics2Processor(images, words, image_seq_len=4)
-    ids = {"image_token_id": words.convert_tokens_to_ids("<image>"), "pad_token_id": words.pad_token_id}
-    text = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(words),
-            "pad_token_id": ids["pad_token_id"], "max_position_embeddings": 4096, "sliding_window": 4096,
-            "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 56, "patch_size": 14}  # fmt: skip
-    perceiver = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16,
-                 "num_key_value_heads": 1, "hidden_size": 32}  # fmt: skip
-    config = Idefics2Config(text_config=text, vision_config=vision, perceiver_config=perceiver,
-                            image_token_id=ids["image_token_id"], num_labels=5)  # fmt: skip
-    network = VideoScoreNetwork(config)
-    network.load_state_dict({key: value.float() for key, value in oracle.seeded(network.state_dict()).items()})
-    network.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return small_language_models.videoscore(tmp_path_factory.mktemp("videoscore"))
 
 
 @pytest.fixture(scope="module")
