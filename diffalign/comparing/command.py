@@ -111,17 +111,16 @@ def _result(found: Compared, weights: Mapping[str, float], page: Path | None) ->
         "spearman": found.correlations["all"],
         "spearman_within_prompts": found.correlations["within_prompts"],
     } | ({"page": str(page)} if page else {})
-    header = ("reward", "win rate of B", "B - A", "mean of A", "mean of B", "pairs", "ties", "missing", "unit")
-    rows = [(name, _interval(v.win_rate), _interval(v.difference, "+"), _cell(v.mean_a), _cell(v.mean_b),
-             str(v.pairs), str(v.ties), str(v.missing), found.units[name])
-            for name, v in found.verdicts.items()]  # fmt: skip
+    header = ("reward", "win rate of B", "B - A", "pairs", "ties", "missing", "unit")
+    rows = [(name, _interval(v.win_rate, ".3f"), _interval(v.difference, "+.4g"), str(v.pairs), str(v.ties),
+             str(v.missing), found.units[name]) for name, v in found.verdicts.items()]  # fmt: skip
     return Result(data, "\n".join(_text(found, broken, page)), header, rows)
 
 
 def _text(found: Compared, broken: Sequence[BrokenRow], page: Path | None) -> list[str]:
     text = [f"A is {found.names[0]}, B is {found.names[1]}: {said(found.match)}"]
     within = found.correlations["within_prompts"]
-    text += [f"Spearman of {first} and {second}: {_cell(rho)} over all pictures, {_cell(within[first][second])} within "
+    text += [f"Spearman of {first} and {second}: {_rho(rho)} over all pictures, {_rho(within[first][second])} within "
              f"prompts" for first, second, rho in flattened(found.correlations["all"])]  # fmt: skip
     text += [f"skipped: {reason(row)}" for row in broken[:NAMED]]
     if len(broken) > NAMED:
@@ -129,13 +128,13 @@ def _text(found: Compared, broken: Sequence[BrokenRow], page: Path | None) -> li
     return text + ([f"where they differ most: {page}"] if page else [])
 
 
-def _interval(found: Interval, sign: str = "") -> str:
+def _interval(found: Interval, form: str) -> str:
     if math.isnan(found.estimate):
         return "missing"
     if math.isnan(found.low):
-        return f"{found.estimate:{sign}.4f}"
-    return f"{found.estimate:{sign}.4f} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
+        return f"{found.estimate:{form}}"
+    return f"{found.estimate:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
-def _cell(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
+def _rho(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

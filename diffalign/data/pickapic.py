@@ -89,7 +89,7 @@ def _record(source: str, row: Mapping[str, Any], images: tuple[ImageSource, Imag
         return BrokenRow(source, str(error))
     if row.get("label_1") is not None and row["label_1"] != labels[1]:
         return BrokenRow(source, f"label_0 {row['label_0']!r} and label_1 {row['label_1']!r} contradict each other")
-    rewards = row.get("reward_0"), row.get("reward_1")
+    rewards: tuple[Any, Any] = row.get("reward_0"), row.get("reward_1")
     if None not in rewards and not _agree(labels, rewards):
         return BrokenRow(source, f"label_0 {row['label_0']!r}, reward_0 {rewards[0]!r} and reward_1 {rewards[1]!r} "
                                  f"contradict each other")  # fmt: skip

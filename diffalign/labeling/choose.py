@@ -67,11 +67,8 @@ def choose(values: Sequence[float], equal: NDArray[np.bool_], choice: Choice) ->
     """
     order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: of equals the earlier stays first
     tied = np.asarray(equal) | (np.abs(np.subtract.outer(values, values)) <= (choice.tie_margin or 0.0))
-    made = (
-        [_ranking(values, tied, order)]
-        if choice.rank
-        else [_pair(values, tied, *p) for p in PAIRS[choice.pairs](order)]
-    )
+    pairs = [] if choice.rank else PAIRS[choice.pairs](order)
+    made = [_ranking(values, tied, order)] if choice.rank else [_pair(values, tied, *pair) for pair in pairs]
     kept = [record for record in made if _enough(record, choice)]
     return kept, len(made) - len(kept)
 
@@ -89,13 +86,14 @@ def _pair(values: Sequence[float], tied: NDArray[np.bool_], winner: int, loser: 
 
 
 def _ranking(values: Sequence[float], tied: NDArray[np.bool_], order: Sequence[int]) -> Chosen:
-    left, pictures, scores = list(order), [], []
-    while left:
-        group = [left[0], *itertools.takewhile(lambda index: tied[left[0], index], left[1:])]
-        left = left[len(group) :]
-        pictures += group
-        scores += [sum(values[index] for index in group) / len(group)] * len(group)
-    return Chosen(tuple(pictures), tuple(scores))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and tied[groups[-1][0], index]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    scores = [sum(values[index] for index in group) / len(group) for group in groups for _ in group]
+    return Chosen(tuple(order), tuple(scores))
 
 
 def _best_worst(order: Sequence[int]) -> list[Pair]:

@@ -65,8 +65,8 @@ def read_wanted(
         ValueError: an unknown name, a margin that is no number of at least 0, or --pairs with --rank.
     """
     if rank and pairs is not None:
-        raise ValueError("expected --pairs or --rank, got both: a ranking holds all pairs; data.ranking of the training "
-                         "config says which of them are trained on")  # fmt: skip
+        raise ValueError("expected --pairs or --rank, got both: a ranking holds all pairs; data.ranking of the "
+                         "training config says which of them are trained on")  # fmt: skip
     whole, single = None, {}
     for item in tie_margin:
         name, equals, value = item.rpartition("=")
@@ -84,9 +84,10 @@ def label_pictures(places: Sequence[str], asked: Asked, wanted: Wanted) -> Resul
     """Ranks the pictures of each prompt and writes the records.
 
     Raises:
-        ValueError: what `score_entries` or `read_score_files` raise, a weight or margin that does not fit, or no record.
+        ValueError: what `score_entries` or `read_score_files` raise, a weight or margin that does not fit, or
+            no record.
     """
-    scored, weights = _scores(places, asked, wanted.out)
+    scored, weights = _scores(places, asked, wanted.out, wanted.aggregate)
     counted = _counted(weights, wanted)
     counts: Counter[str] = Counter(broken=len(scored.broken))
     broken = list(scored.broken)
@@ -101,12 +102,17 @@ def label_pictures(places: Sequence[str], asked: Asked, wanted: Wanted) -> Resul
     return _result(scored, weights, wanted, written, counts, broken)
 
 
-def _scores(places: Sequence[str], asked: Asked, out: Path) -> tuple[Scored, dict[str, float]]:
+def _scores(places: Sequence[str], asked: Asked, out: Path, aggregate: str) -> tuple[Scored, dict[str, float]]:
     files = [place for place in places if is_score_file(place)]
     if out.resolve() in [Path(place).resolve() for place in places]:
         raise ValueError(f"--out {out}: is what is read; choose another file")
     if files and len(files) == len(places):
-        return read_score_files(places, asked.weights_of_files())
+        scored, weights = read_score_files(places, asked.weights_of_files())
+        if (
+            aggregate in NEED_POSITIVE and not asked.reward
+        ):  # weights of a sum make up for units, which play no part here
+            weights = {name: float(weight != 0) for name, weight in weights.items()}
+        return scored, weights
     if files:
         raise ValueError(f"expected files of scores or pictures, got both: {files[0]} holds scores; label them apart")
     listed, job = asked.pictures(places), asked.job()
