@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 Values = NDArray[np.float64]
 
@@ -60,8 +61,7 @@ def calibrated_win_rate(scores: Values, weights: Values, margins: Values) -> Val
     array([0.25, 0.75])
     """
     gaps = _gaps(scores, margins)
-    with np.errstate(over="ignore"):  # exp(large) is infinite, and 1 / infinity the 0 that is meant
-        return _mean_over_others(1 / (1 + np.exp(-gaps)), weights)
+    return _mean_over_others(expit(gaps), weights)
 
 
 def equal(scores: Values, margins: Values) -> NDArray[np.bool_]:

@@ -142,7 +142,7 @@ def _groups(
     seen: set[tuple[str, str]] = set()
     for index, row in enumerate(scored.rows):
         group = groups[row.prompt]  # there even if nothing of it is left: the prompt counts as dropped
-        lacking = [name for name in counted if math.isnan(row.scores[name])]
+        lacking = [name for name in counted if not math.isfinite(row.scores[name])]
         if (row.image, row.prompt) in seen:
             counts["repeated"] += 1
         elif lacking:
