@@ -96,10 +96,12 @@ def correlations(names: Sequence[str], rows: Sequence[ScoreRow], within: bool = 
 
 
 def _centered(scores: Values, groups: NDArray[np.intp]) -> Values:
+    """Less the mean of the group, without the last digits: rounding would rank what is equal."""
     there = np.isfinite(scores)
     count = np.bincount(groups[there], minlength=groups.max() + 1)
     means = np.bincount(groups[there], scores[there], minlength=groups.max() + 1) / np.maximum(count, 1)
-    return scores - means[groups]
+    largest = np.abs(scores[there]).max(initial=0.0) or 1.0
+    return np.round((scores - means[groups]) / largest, 12)
 
 
 def _spearman(first: Values, second: Values) -> float:

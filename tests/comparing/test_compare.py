@@ -48,12 +48,13 @@ def test_pictures_meet_by_seed_else_in_order_else_each_with_each():
 
 
 def test_what_only_one_side_has_is_counted_and_said():
-    found = match(
-        [row("p", seed=1), row("p", seed=2), row("a"), row("a")], [row("p", seed=1), row("b"), row("p", seed=5)]
-    )
+    a = [row("p", seed=1), row("p", seed=2), row("a"), row("a")]
+    found = match(a, [row("p", seed=1), row("b"), row("p", seed=5)])
     assert (found.only_a, found.only_b, found.unmatched, found.ways) == (("a",), ("b",), 2, {"seed": 1})
-    assert said(found) == ("1 prompts in both (pictures paired: 1 by seed); only in A 1, only in B 1; 2 pictures have a "
-                           "seed that the other side lacks")  # fmt: skip
+    assert said(found) == (
+        "1 prompts in both (pictures paired: 1 by seed); only in A 1, only in B 1; "
+        "2 pictures have a seed that the other side lacks"
+    )
 
 
 def test_the_win_rate_is_a_mean_over_prompts_of_the_mean_over_pairs():
@@ -88,7 +89,7 @@ def test_correlations_are_spearmans_of_the_pictures_that_both_rewards_score():
     y = [3.0, 1.0, 4.0, 1.0, 5.0, NAN]
     rows = [row("p", float(i), y=score, flat=1.0) for i, score in enumerate(y)]
     table = correlations(["x", "y", "flat"], rows)
-    assert table["x"]["x"] == pytest.approx(1) and table["x"]["y"] == table["y"]["x"]
+    assert table["x"]["x"] == pytest.approx(1) and table["x"]["y"] == pytest.approx(table["y"]["x"])
     assert table["x"]["y"] == pytest.approx(spearmanr(range(5), y[:5]).statistic)
     assert math.isnan(table["x"]["flat"]) and math.isnan(correlations(["x", "y"], rows[:2])["x"]["y"])
     assert [(first, second) for first, second, _ in flattened(table)] == [("x", "y"), ("x", "flat"), ("y", "flat")]
@@ -98,6 +99,8 @@ def test_within_prompts_two_rewards_may_disagree_that_agree_on_which_prompts_are
     rows = [row(f"{p}", 10.0 * p + i, y=10.0 * p - i) for p in range(4) for i in range(3)]
     assert correlations(["x", "y"], rows)["x"]["y"] > 0.8
     assert correlations(["x", "y"], rows, within=True)["x"]["y"] == pytest.approx(-1)
+    even = [row(f"{p}", float(i), y=0.1 * p) for p in range(7) for i in range(3)]  # of which the means are not exact
+    assert math.isnan(correlations(["x", "y"], even, within=True)["x"]["y"])
 
 
 def test_the_page_shows_the_prompts_that_differ_most_on_either_side():
