@@ -101,7 +101,8 @@ def _centered(scores: Values, groups: NDArray[np.intp]) -> Values:
     count = np.bincount(groups[there], minlength=groups.max() + 1)
     means = np.bincount(groups[there], scores[there], minlength=groups.max() + 1) / np.maximum(count, 1)
     largest = np.abs(scores[there]).max(initial=0.0) or 1.0
-    return np.round((scores - means[groups]) / largest, 12)
+    centered: Values = (scores - means[groups]) / largest
+    return centered.round(12)
 
 
 def _spearman(first: Values, second: Values) -> float:
