@@ -18,8 +18,8 @@ from diffalign.rewards.base import Card
 from diffalign.scoring.command import NAMED, reason, score_beside
 from diffalign.scoring.files import SUM
 from diffalign.scoring.page import page_file
-from diffalign.scoring.run import Scored
-from diffalign.scoring.sources import card_of, formula, is_score_file, read_score_files
+from diffalign.scoring.run import Scored, formula
+from diffalign.scoring.sources import card_of, is_score_file, read_score_files
 from diffalign.statistics import Interval
 
 Sides = tuple[Scored, Scored, Mapping[str, float], Mapping[str, Card]]  # A, B, weights, what rewards say of themselves

@@ -21,8 +21,8 @@ from diffalign.labeling.files import Labeled, check_out, write_labels
 from diffalign.manifests import Entry
 from diffalign.scoring.command import NAMED, reason, score_beside, write_text
 from diffalign.scoring.files import ScoreRow
-from diffalign.scoring.run import Scored
-from diffalign.scoring.sources import SUMMARY, formula, is_score_file, read_score_files
+from diffalign.scoring.run import Scored, formula
+from diffalign.scoring.sources import SUMMARY, is_score_file, read_score_files
 from diffalign.table import coerce, resolve, unknown
 
 LEFT_OUT = {  # what is counted as left out, and how it is said
@@ -87,7 +87,7 @@ def label_pictures(places: Sequence[str], asked: Asked, wanted: Wanted) -> Resul
         ValueError: what `score_entries` or `read_score_files` raise, a weight or margin that does not fit, or
             no record.
     """
-    scored, weights = _scores(places, asked, wanted.out, wanted.aggregate)
+    scored, weights = _scores(places, asked, wanted)
     counted = _counted(weights, wanted)
     counts: Counter[str] = Counter(broken=len(scored.broken))
     broken = list(scored.broken)
@@ -102,21 +102,21 @@ def label_pictures(places: Sequence[str], asked: Asked, wanted: Wanted) -> Resul
     return _result(scored, weights, wanted, written, counts, broken)
 
 
-def _scores(places: Sequence[str], asked: Asked, out: Path, aggregate: str) -> tuple[Scored, dict[str, float]]:
+def _scores(places: Sequence[str], asked: Asked, wanted: Wanted) -> tuple[Scored, dict[str, float]]:
     files = [place for place in places if is_score_file(place)]
-    if out.resolve() in [Path(place).resolve() for place in places]:
-        raise ValueError(f"--out {out}: is what is read; choose another file")
+    if wanted.out.resolve() in [Path(place).resolve() for place in places]:
+        raise ValueError(f"--out {wanted.out}: is what is read; choose another file")
     if files and len(files) == len(places):
         scored, weights = read_score_files(places, asked.weights_of_files())
-        if (
-            aggregate in NEED_POSITIVE and not asked.reward
-        ):  # weights of a sum make up for units, which play no part here
+        if wanted.aggregate in NEED_POSITIVE and not asked.reward:
+            # the summary's weights are those of a sum: they make up for units, which play no part here
             weights = {name: float(weight != 0) for name, weight in weights.items()}
         return scored, weights
     if files:
         raise ValueError(f"expected files of scores or pictures, got both: {files[0]} holds scores; label them apart")
     listed, job = asked.pictures(places), asked.job()
-    scored = score_beside(out, listed, job, engine=asked.engine, batch_size=asked.batch_size)
+    _counted(job.rewards.weights, wanted)  # refused before hours of scoring, not after
+    scored = score_beside(wanted.out, listed, job, engine=asked.engine, batch_size=asked.batch_size)
     return scored, dict(job.rewards.weights)
 
 
@@ -206,10 +206,13 @@ def _told(counts: Mapping[str, int]) -> str:
 
 
 def _result(
-    scored: Scored, weights: Mapping[str, float], wanted: Wanted, written: Sequence[Labeled],
+    scored: Scored,
+    weights: Mapping[str, float],
+    wanted: Wanted,
+    written: Sequence[Labeled],
     counts: Mapping[str, int],
     broken: Sequence[BrokenRow],
-) -> Result:  # fmt: skip
+) -> Result:
     out, choice = wanted.out, wanted.choice
     kind = "rankings" if choice.rank else "pairs"
     prompts, ties = len({row.prompt for row in written}), sum(len(set(row.scores)) == 1 for row in written)

@@ -19,7 +19,7 @@ from diffalign.manifests.entry import Listed
 from diffalign.rewards import REWARDS
 from diffalign.rewards.base import Card
 from diffalign.scoring.files import FORMATS, PREFIX, SUM, ScoreRow, read_scores
-from diffalign.scoring.run import Scored
+from diffalign.scoring.run import Scored, total
 from diffalign.table import resolve
 
 SUMMARY = ".summary.json"  # beside a file of scores
@@ -59,20 +59,6 @@ def read_score_files(places: Sequence[str | Path], weights: Mapping[str, float])
     entries = [entry for path, rows in found.items() for entry in _entries(rows, path)]
     kept = [_of(row, counted) for rows in found.values() for row in rows]
     return Scored(entries, kept, [], 0, 0.0), counted
-
-
-def total(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum of the rewards whose weight is not 0; NaN where one of them is missing."""
-    return sum((weight * scores[name] for name, weight in weights.items() if weight), start=0.0)
-
-
-def formula(weights: Mapping[str, float]) -> str:
-    """The weighted sum spelled out: "1 pickscore + 0.5 hpsv2.1".
-
-    >>> formula({"pickscore": 1.0, "clip": 0.0, "hpsv2.1": 0.5})
-    '1 pickscore + 0.5 hpsv2.1'
-    """
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight) or "no weight above 0"
 
 
 def card_of(name: str) -> Card | None:

@@ -225,6 +225,13 @@ def test_bad_options_say_what_would_do(scores: Path, tmp_path: Path, reward, opt
     assert not (tmp_path / "p.jsonl").exists()
 
 
+def test_a_margin_of_a_reward_that_is_not_there_is_refused_before_anything_is_scored(tmp_path: Path):
+    save_reds(tmp_path / "reds", 2)
+    with pytest.raises(ValueError, match="--tie-margin clip: expected one of the rewards that count"):
+        label(tmp_path / "reds", tmp_path / "p.jsonl", Asked(reward=[RED], prompt=["a"]), tie_margin=["clip=1"])
+    assert not (tmp_path / "p.jsonl.journal").exists()
+
+
 def test_what_is_read_is_not_written_over_and_scores_do_not_mix_with_pictures(scores: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="is what is read"):
         label(scores, scores)
