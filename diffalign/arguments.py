@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,58 @@ from diffalign.manifests import Entry, read_manifest
 from diffalign.prompts import Prompt, read_prompts
 from diffalign.rewards import REWARDS, load_rewards
 from diffalign.rewards.base import Weighted
+from diffalign.scoring.engines import Job, load_job
 from diffalign.table import coerce
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line says of pictures that may have scores already; nothing is loaded before it is needed."""
+
+    reward: Sequence[str] = ()
+    weights: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    prompt: Sequence[str] = ()
+    prompts: str | None = None
+    engine: str = "local"
+    actors: int | None = None
+    batch_size: int | None = None
+    device: str | None = None
+    attention: str = "auto"
+
+    def pictures(self, places: Sequence[str]) -> Iterator[Entry | BrokenRow]:
+        """As `read_pictures`."""
+        return read_pictures(places, self.prompt, self.prompts)
+
+    def job(self) -> Job:
+        """The rewards, loaded.
+
+        Raises:
+            ValueError: no reward, or what `load_job` raises.
+        """
+        sections = read_sections(self.reward, self.weights, self.settings)
+        return load_job(sections, default_device(self.device), self.attention, self.engine, self.actors)
+
+    def weights_of_files(self) -> Mapping[str, float]:
+        """Reward -> weight for files of scores; none are all that they have.
+
+        Raises:
+            ValueError: an option of rewards that would have to look at the pictures again.
+        """
+        for option, given in (("--weights", self.weights), ("--set", self.settings), ("--prompt", self.prompt),
+                              ("--prompts", self.prompts)):  # fmt: skip
+            if given:
+                raise ValueError(f"expected no {option}: the scores are read from a file; give the pictures to score "
+                                 f"them again")  # fmt: skip
+        return self.reward_weights() if self.reward else {}
+
+    def reward_weights(self) -> dict[str, float]:
+        """Reward -> weight, of those that are named.
+
+        Raises:
+            ValueError: none.
+        """
+        return {name: section["weight"] for name, section in read_sections(self.reward, (), ()).items()}
 
 
 def read_rewards(named: Sequence[str], weights: Sequence[str], settings: Sequence[str], device: str) -> Weighted:

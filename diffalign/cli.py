@@ -12,6 +12,29 @@ from typing import Annotated
 
 import typer
 
+from diffalign.cli_options import (
+    Actors,
+    Attention,
+    BatchSize,
+    Config,
+    Device,
+    Engine,
+    FittingBatchSize,
+    Guidance,
+    Images,
+    Json,
+    Lora,
+    Model,
+    Overrides,
+    Places,
+    Prompt,
+    Prompts,
+    Reward,
+    Set,
+    Steps,
+    Weights,
+)
+from diffalign.cli_preferences import compare, label
 from diffalign.console import Result, guarded, show, working
 
 app = typer.Typer(
@@ -23,25 +46,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Preference data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged config such as tiny-sd/dpo.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, dotted: method.beta=2000", metavar="[KEY=VALUE]...")
-]
-Model = Annotated[str, typer.Option(help="A diffusers folder, a hub id, or a shipped model such as tiny-sd.")]
-Lora = Annotated[str | None, typer.Option(help="A LoRA file, or the folder of a training run.")]
-Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]
-Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME=WEIGHT; as often as you like.")]
-Weights = Annotated[list[str] | None, typer.Option("--weights", help="NAME=PATH: a reward's weights in a local file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE of a reward: clip.model=tiny-clip")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA by default where there is one.")]
-Attention = Annotated[str, typer.Option(help="Kernel of attention: auto, flash, cudnn, efficient, math, xformers ...")]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")]
-BatchSize = Annotated[int, typer.Option(help="Pictures at once.")]
-FittingBatchSize = Annotated[int | None, typer.Option(help="Pictures at once; if not given, what the device holds.")]
 
 
 @app.command()
@@ -119,11 +123,8 @@ def generate(
 
 @app.command()
 def score(
-    pictures: Annotated[list[str] | None, typer.Argument(help="As --images.", metavar="[PICTURE]...")] = None,
-    images: Annotated[
-        list[str] | None,
-        typer.Option("--images", help="File, folder, 'glob', or manifest: .jsonl, .csv, .parquet, .tar shards."),
-    ] = None,
+    pictures: Places = None,
+    images: Images = None,
     reward: Reward = None,
     weights: Weights = None,
     settings: Set = None,
@@ -139,10 +140,8 @@ def score(
     page: Annotated[
         Path | None, typer.Option(help="An .html file, or a folder for one: best and worst pictures per reward.")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: a worker on every GPU or CPU of a Ray cluster.")
-    ] = "local",
-    actors: Annotated[int | None, typer.Option(help="How many workers of ray.")] = None,
+    engine: Engine = "local",
+    actors: Actors = None,
     batch_size: FittingBatchSize = None,
     device: Device = None,
     attention: Attention = "auto",
@@ -160,6 +159,10 @@ def score(
         job = engines.load_job(sections, place, attention, engine, actors)
         result = command.score_pictures(rows, job, wanted)
     show(result, as_json)
+
+
+app.command()(label)
+app.command()(compare)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from diffalign.rewards.base import Card, dispatch
+from diffalign.rewards.pairwise import WinRate
 
 CARD = Card("level", (0.0, 255.0), "tests", "none", "none", False, None, True, "formula only")
 
@@ -93,6 +94,11 @@ class Redder:
 
     def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
         return float(np.asarray(a)[..., 0].mean() > np.asarray(b)[..., 0].mean())
+
+
+def redder_wins(*, device: Any = "cpu") -> WinRate:
+    """The share of the other pictures of a prompt that are less red."""
+    return WinRate(preference=Redder())
 
 
 def save_reds(folder: Path, count: int) -> list[Path]:

@@ -15,7 +15,7 @@ from diffalign.manifests import Entry
 from diffalign.pipelines.attention import counted_kernels
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
-         ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
+         ["label"], ["compare"], ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,12 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(run: Run, tmp_pat
         (["evaluate", "--prompt", "a", "--reward", "shapes", "--weights", "clip=x"], "expected NAME=PATH"),
         (["evaluate", "--prompt", "a", "--reward", "shapes", "--set", "clip.model=x"], "not among the rewards"),
         (["data", "check", "nowhere"], "nowhere"),
+        (["label", "full", "--out", "p.csv", "--reward", "shapes"], "ends in .jsonl or .parquet"),
+        (["label", "full", "--out", "p.jsonl", "--prompt", "a"], "at least one --reward"),
+        (["label", "full", "--out", "p.jsonl", "--reward", "shapes", "--prompt", "a"], "no picture there"),
+        (["label", "full", "--out", "p.jsonl", "--pairs", "bset-worst"], "did you mean 'best-worst'?"),
+        (["label", "full", "--out", "p.jsonl", "--tie-margin", "x=-1"], "at least 0"),
+        (["compare", "full", "nowhere", "--reward", "shapes", "--prompt", "a"], "no picture there"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, tmp_path: Path, words: list[str], message: str) -> None:
@@ -245,6 +251,21 @@ def test_score_writes_a_file_names_what_it_skips_and_goes_on(run: Run, pictures:
     assert len((tmp_path / "runs" / "scores.csv").read_text().splitlines()) == 2
     other = run(*words, "--set", "jpeg.mode=incompressibility")
     assert other.code == 2 and "holds scores of jpeg, and jpeg (mode=incompressibility) was asked for" in other.err
+
+
+def test_label_and_compare_from_the_command_line(run: Run, pictures: Path, tmp_path: Path) -> None:
+    words = ("label", pictures, "--prompt", "a red circle", "--reward", "jpeg", "--pairs", "adjacent")
+    labeled = json.loads(run(*words, "--out", "pairs.jsonl", "--tie-margin", 1000, "--json").out)
+    assert (labeled["records"], labeled["ties"], labeled["tie_margin"]) == (2, 2, 1000)
+    assert run("data", "check", "pairs.jsonl").code == 1  # ties alone cannot be trained on
+    again = run(*words, "--out", "pairs.jsonl")
+    assert again.code == 0 and "3 pictures, 0 scored now" in again.out and "train: data=" in again.out
+    words = ("compare", pictures, pictures, "--prompt", "a red circle", "--reward", "jpeg")
+    same = json.loads(run(*words, "--page", "runs", "--json").out)
+    assert same["rewards"]["jpeg"]["win_rate"] == 0.5 and same["rewards"]["jpeg"]["ties"] == 3
+    assert same["rewards"]["jpeg"]["win_rate_ci95"] == [None, None] and (tmp_path / "runs" / "index.html").is_file()
+    table = run(*words)
+    assert table.code == 0 and "win rate of B" in table.out and "1 in order" in table.out
 
 
 def test_weights_that_are_not_there_say_what_to_download_and_where_to_put_it(run: Run, pictures: Path) -> None:

@@ -15,13 +15,15 @@ from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, ma
 
 SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
-OPTIONAL = ("label_1", "has_label", "user_id")
+OPTIONAL = ("label_1", "has_label", "user_id", "reward_0", "reward_1")
 READ = (*COLUMNS, *OPTIONAL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_pickapic(path: str, split: str = "train", max_rows: int | None = None) -> Iterator[Row]:
     """Rows of Pick-a-Pic v2 (yuvalkirstain/pickapic_v2) or of data in its columns; label_0 is 1, 0, or 0.5 for a tie.
+
+    Where reward_0 and reward_1 are there (`diffalign label` writes them), they are the record's scores.
 
     Pictures of files on disk are read again when they are needed, a row group at a time, and not kept in memory; those
     of a stream are kept by whoever keeps the record.
@@ -82,13 +84,26 @@ def _record(source: str, row: Mapping[str, Any], images: tuple[ImageSource, Imag
     if not all(_bytes(row[column]) for column in ("jpg_0", "jpg_1")):
         return BrokenRow(source, "jpg_0 or jpg_1 is empty")
     try:
-        scores = label_scores(row["label_0"])
+        labels = label_scores(row["label_0"])
     except ValueError as error:
         return BrokenRow(source, str(error))
-    if row.get("label_1") is not None and row["label_1"] != scores[1]:
+    if row.get("label_1") is not None and row["label_1"] != labels[1]:
         return BrokenRow(source, f"label_0 {row['label_0']!r} and label_1 {row['label_1']!r} contradict each other")
+    rewards: tuple[Any, Any] = row.get("reward_0"), row.get("reward_1")
+    if None not in rewards and not _agree(labels, rewards):
+        return BrokenRow(source, f"label_0 {row['label_0']!r}, reward_0 {rewards[0]!r} and reward_1 {rewards[1]!r} "
+                                 f"contradict each other")  # fmt: skip
+    scores = labels if None in rewards else rewards
     user = None if row.get("user_id") is None else str(row["user_id"])
     return make_record(source, row["caption"], images, scores, user=user)
+
+
+def _agree(labels: tuple[float, float], rewards: tuple[Any, Any]) -> bool:
+    """Whether the picture that a label prefers has the higher reward, and those of a tie equal ones."""
+    if not all(isinstance(reward, int | float) for reward in rewards):
+        return False
+    margins = labels[0] - labels[1], rewards[0] - rewards[1]
+    return (margins[0] > 0, margins[0] < 0) == (margins[1] > 0, margins[1] < 0)
 
 
 def _rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:

@@ -20,9 +20,10 @@ from diffalign.scoring.files import SUM, ScoreRow, check_format, write_scores
 from diffalign.scoring.journal import Journal
 from diffalign.scoring.page import page_file, write_page
 from diffalign.scoring.run import Scored, kept, score_entries, summarize
+from diffalign.scoring.sources import SUMMARY
 from diffalign.table import coerce, unknown
 
-JOURNAL, SUMMARY = ".journal", ".summary.json"  # beside --out
+JOURNAL = ".journal"  # beside --out
 NAMED = 20  # broken rows that are named one by one; the summary names all
 
 
@@ -53,22 +54,45 @@ def score_pictures(listed: Iterable[Entry | BrokenRow], job: Job, wanted: Wanted
         ValueError: an option that does not fit, and what `score_entries` raises.
     """
     limits = _checked(wanted, job.rewards)
-    attending(job.attention, job.device)
-    size = wanted.batch_size or batch_size_for(side_of(job.rewards), job.device)
-    with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(_journal(wanted.out, job)) if wanted.out else None
-
-        def progress(total: int, done: int) -> Any:
-            return stack.enter_context(progress_bar("scoring", total, done=done))
-
-        scored = score_entries(listed, job, engine=wanted.engine, batch_size=size, journal=journal,
-                               strict=wanted.out is None, progress=progress)  # fmt: skip
+    scored = score_beside(wanted.out, listed, job, engine=wanted.engine, batch_size=wanted.batch_size,
+                          strict=wanted.out is None)  # fmt: skip
     summary = summarize(scored.rows, job.rewards)
     chosen = [scored.rows[index] for index in kept(scored.rows, limits, wanted.best_of)]
     if wanted.page:
         write_page(page_file(wanted.page), scored.entries, scored.rows, summary, scored.broken)
     result = _to_file(wanted.out, scored, chosen, summary) if wanted.out else _to_print(scored, chosen, summary)
     return result if wanted.page is None else _mentioning(result, page_file(wanted.page))
+
+
+def score_beside(
+    out: Path | None,
+    listed: Iterable[Entry | BrokenRow],
+    job: Job,
+    *,
+    engine: str = "local",
+    batch_size: int | None = None,
+    strict: bool = False,
+) -> Scored:
+    """`score_entries` with a bar, and with the journal of the file `out`, so that a run that is killed goes on.
+
+    Args:
+        batch_size: None for what the device holds.
+
+    Raises:
+        ValueError: as `score_entries`, an engine that is unknown, or a journal of other rewards.
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    attending(job.attention, job.device)
+    size = batch_size_for(side_of(job.rewards), job.device) if batch_size is None else batch_size
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(_journal(out, job)) if out else None
+
+        def progress(total: int, done: int) -> Any:
+            return stack.enter_context(progress_bar("scoring", total, done=done))
+
+        return score_entries(listed, job, engine=engine, batch_size=size, journal=journal, strict=strict,
+                             progress=progress)  # fmt: skip
 
 
 def _checked(wanted: Wanted, rewards: Weighted) -> dict[str, float]:
@@ -117,7 +141,7 @@ def _to_file(out: Path, scored: Scored, chosen: Sequence[ScoreRow], summary: Map
     broken = [{"where": row.source, "reason": row.reason} for row in scored.broken]
     counts = {"pictures": len(scored.rows), "kept": len(chosen), "new": scored.new, "broken": len(broken)}
     told = {"out": str(out), **counts, "images_per_second": round(scored.rate, 2), "rewards": summary}
-    _write(out.with_name(out.name + SUMMARY), json.dumps(told | {"broken_pictures": broken}, indent=2) + "\n")
+    write_text(out.with_name(out.name + SUMMARY), json.dumps(told | {"broken_pictures": broken}, indent=2) + "\n")
     rows = [(name, f"{facts['weight']:g}", _cell(facts["mean"]), _cell(facts["min"]), _cell(facts["max"]),
              str(facts["missing"]), facts["unit"])
             for name, facts in summary.items() if name in _shown(summary)]  # fmt: skip
@@ -125,7 +149,7 @@ def _to_file(out: Path, scored: Scored, chosen: Sequence[ScoreRow], summary: Map
         f"{len(scored.rows)} pictures scored, {scored.new} of them now, at {scored.rate:.1f} images/s; "
         f"{len(chosen)} rows in {out}"
     ]
-    text += [f"skipped: {_reason(row)}" for row in scored.broken[:NAMED]]
+    text += [f"skipped: {reason(row)}" for row in scored.broken[:NAMED]]
     if scored.broken:
         text.append(f"{len(broken)} skipped in all, every one named in {out.with_name(out.name + SUMMARY)}")
     header = ("reward", "weight", "mean", "least", "most", "missing", "unit")
@@ -137,7 +161,8 @@ def _shown(summary: Mapping[str, Any]) -> list[str]:
     return [name for name in summary if name != SUM or len(summary) > 2]
 
 
-def _reason(row: BrokenRow) -> str:
+def reason(row: BrokenRow) -> str:
+    """The row and what is wrong with it, the row once."""
     return row.reason if row.reason.startswith(row.source) else f"{row.source}: {row.reason}"
 
 
@@ -150,7 +175,8 @@ def _mentioning(result: Result, page: Path) -> Result:
     return Result(result.data | {"page": str(page)}, text, result.header, result.rows)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one piece."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

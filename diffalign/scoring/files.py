@@ -101,13 +101,18 @@ def read_scores(path: str | Path) -> Iterator[ScoreRow]:
         yield found
 
 
-def _moved(row: ScoreRow, folder: Path) -> ScoreRow:
-    if os.path.isabs(row.image):
-        return row
-    image = os.path.abspath(row.image)
+def seen_from(image: str, folder: Path) -> str:
+    """The path of a picture, as given from the current folder, for a file in `folder`; absolute ones stay."""
+    if os.path.isabs(image):
+        return image
+    image = os.path.abspath(image)
     if os.path.realpath(folder) == os.path.abspath(folder):  # through a link, ".." would lead elsewhere
         image = os.path.relpath(image, os.path.abspath(folder))
-    return ScoreRow(image, row.prompt, row.scores, row.missing, row.extra)
+    return image
+
+
+def _moved(row: ScoreRow, folder: Path) -> ScoreRow:
+    return ScoreRow(seen_from(row.image, folder), row.prompt, row.scores, row.missing, row.extra)
 
 
 def _others(row: ScoreRow) -> dict[str, Any]:

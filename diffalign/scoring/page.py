@@ -42,17 +42,22 @@ def write_page(
         entries: of the rows, in their order; those that are shown are opened again.
         summary: of `diffalign.scoring.run.summarize`.
     """
+    names = [name for name in summary if name != "weighted" or len(summary) > 2]
+    thumbnails: dict[int, str] = {}
+    sections = [_section(name, entries, rows, summary[name], thumbnails) for name in names]
+    write_html(
+        path, "scores.html.j2", sections=sections, count=len(rows), broken=broken[:NAMED], num_broken=len(broken)
+    )
+
+
+def write_html(path: Path, template: str, **values: Any) -> None:
+    """Renders a template of diffalign/templates and writes it in one piece."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    names = [name for name in summary if name != "weighted" or len(summary) > 2]
-    thumbnails: dict[int, str] = {}
-    sections = [_section(name, entries, rows, summary[name], thumbnails) for name in names]
-    page = environment.get_template("scores.html.j2").render(
-        sections=sections, count=len(rows), broken=broken[:NAMED], num_broken=len(broken)
-    )
+    page = environment.get_template(template).render(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page, encoding="utf-8")
@@ -81,11 +86,11 @@ def _section(
 
 def _figure(index: int, entry: Entry, row: ScoreRow, name: str, thumbnails: dict[int, str]) -> dict[str, Any]:
     if index not in thumbnails:
-        thumbnails[index] = _thumbnail(entry)
+        thumbnails[index] = thumbnail(entry)
     return {"uri": thumbnails[index], "score": row.scores[name], "prompt": row.prompt, "image": row.image}
 
 
-def _thumbnail(entry: Entry) -> str:
+def thumbnail(entry: Entry) -> str:
     """A data URI; "" of a picture that has gone since it was scored."""
     try:
         picture = entry.open().convert("RGB")

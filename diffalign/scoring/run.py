@@ -98,8 +98,13 @@ def score_entries(
 def score_row(entry: Entry, outcome: Outcome, rewards: Weighted) -> ScoreRow:
     """The terms and their weighted sum, which is missing where a term that counts is."""
     scores = dict(zip(rewards.rewards, outcome.scores or (), strict=True))
-    total = sum((weight * scores[name] for name, weight in rewards.weights.items() if weight), start=0.0)
-    return ScoreRow(entry.image, entry.prompt, scores | {SUM: total}, outcome.missing, entry.extra)
+    scores[SUM] = total(scores, rewards.weights)
+    return ScoreRow(entry.image, entry.prompt, scores, outcome.missing, entry.extra)
+
+
+def total(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum of the rewards whose weight is not 0; NaN where one of them is missing."""
+    return sum((weight * scores[name] for name, weight in weights.items() if weight), start=0.0)
 
 
 def kept(rows: Sequence[ScoreRow], minimum: Mapping[str, float], best_of: int | None) -> list[int]:
@@ -125,15 +130,19 @@ def summarize(rows: Sequence[ScoreRow], rewards: Weighted) -> dict[str, dict[str
     mean, min and max are over the pictures that have a score (None if there is none); `missing` counts the others.
     """
     cards = {name: reward.card for name, reward in rewards.rewards.items()}
-    cards[SUM] = replace(rewards.card, unit=unit_of_sum(rewards), source="the sum of the above, weighted")
+    cards[SUM] = replace(rewards.card, unit=formula(rewards.weights), source="the sum of the above, weighted")
     facts = {name: {"weight": rewards.weights.get(name, 1.0), "unit": card.unit, "source": card.source,
                     "across_prompts": card.across_prompts} for name, card in cards.items()}  # fmt: skip
     return {name: fact | _numbers(np.array([row.scores[name] for row in rows])) for name, fact in facts.items()}
 
 
-def unit_of_sum(rewards: Weighted) -> str:
-    """The sum spelled out: "1 pickscore + 0.5 hpsv2.1"."""
-    return " + ".join(f"{weight:g} {name}" for name, weight in rewards.weights.items() if weight) or "no weight above 0"
+def formula(weights: Mapping[str, float]) -> str:
+    """The weighted sum spelled out: "1 pickscore + 0.5 hpsv2.1".
+
+    >>> formula({"pickscore": 1.0, "clip": 0.0, "hpsv2.1": 0.5})
+    '1 pickscore + 0.5 hpsv2.1'
+    """
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight) or "no weight above 0"
 
 
 def _numbers(scores: Any) -> dict[str, Any]:

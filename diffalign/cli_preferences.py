@@ -1,0 +1,90 @@
+"""The commands that make something of scores: `diffalign label` and `compare`. Registered by `diffalign.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffalign.cli_options import (
+    Actors,
+    Attention,
+    Device,
+    Engine,
+    FittingBatchSize,
+    Json,
+    Prompt,
+    Prompts,
+    Reward,
+    Set,
+    Weights,
+)
+from diffalign.console import show, working
+
+
+def label(
+    pictures: Annotated[
+        list[str], typer.Argument(help="Pictures or a manifest, as for score; or files that score wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Preferences as .jsonl or .parquet; a run that is killed goes on there.")],
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    aggregate: Annotated[
+        str, typer.Option(help="What ranks: total (weighted sum), rankdpo (share of wins), capo (calibrated win rate).")
+    ] = "total",
+    pairs: Annotated[str | None, typer.Option(help="Of each prompt best-worst, all, or adjacent ones.")] = None,
+    rank: Annotated[bool, typer.Option("--rank", help="Rankings of all pictures instead of pairs.")] = False,
+    tie_margin: Annotated[
+        list[str] | None, typer.Option(help="VALUE of what ranks, or NAME=VALUE of a reward: within it, a tie.")
+    ] = None,
+    min_margin: Annotated[float, typer.Option(help="Drop what differs by less.")] = 0.0,
+    engine: Engine = "local",
+    actors: Actors = None,
+    batch_size: FittingBatchSize = None,
+    device: Device = None,
+    attention: Attention = "auto",
+    as_json: Json = False,
+) -> None:
+    """Rank the pictures of each prompt with rewards and write preferences to train on."""
+    with working():
+        from diffalign.arguments import Asked
+        from diffalign.labeling import command
+
+        asked = Asked(reward or [], weights or [], settings or [], prompt or [], prompts, engine, actors, batch_size,
+                      device, attention)  # fmt: skip
+        wanted = command.read_wanted(out, aggregate, pairs, rank, tie_margin or [], min_margin)
+        result = command.label_pictures(pictures, asked, wanted)
+    show(result, as_json)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="Pictures or a manifest, as for score; or a file that score wrote.")],
+    b: Annotated[str, typer.Argument(help="The same; the win rate is that of B over A.")],
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    page: Annotated[
+        Path | None, typer.Option(help="An .html file, or a folder for one: where the two differ most, per reward.")
+    ] = None,
+    engine: Engine = "local",
+    actors: Actors = None,
+    batch_size: FittingBatchSize = None,
+    device: Device = None,
+    attention: Attention = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare the pictures of two manifests prompt by prompt: win rates with intervals, and how rewards agree."""
+    with working():
+        from diffalign.arguments import Asked
+        from diffalign.comparing import command
+
+        asked = Asked(reward or [], weights or [], settings or [], prompt or [], prompts, engine, actors, batch_size,
+                      device, attention)  # fmt: skip
+        result = command.compare_pictures(a, b, asked, page)
+    show(result, as_json)

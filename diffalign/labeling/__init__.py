@@ -1,0 +1,1 @@
+"""Preferences from scores: what `diffalign label` does."""
