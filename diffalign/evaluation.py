@@ -27,7 +27,7 @@ from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
 from diffalign.prompts import Prompt
-from diffalign.rewards.base import Reward, Weighted
+from diffalign.rewards.base import Reward, Weighted, each_prompt
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.scoring.batch import batches
 from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
@@ -125,6 +125,7 @@ def score_images(
     Pictures of one prompt are in one batch, whatever its size, where a reward compares them (`Card.compares`).
 
     Args:
+        prompts: one per picture, or a single one for all.
         batch_size: pictures at once; None for as many as `device` holds by an estimate. Where the memory runs out it
             is halved, and the batch is done again.
         device: where the rewards are; only read to choose a batch size.
@@ -133,8 +134,9 @@ def score_images(
         ValueError: counts that differ, no picture, a file that is not a whole picture (named), a batch size below 1, or
             a picture that alone does not fit the memory.
     """
-    if len(images) != len(prompts) or not images:
-        raise ValueError(f"expected at least one picture and one prompt each, got {len(images)} and {len(prompts)}")
+    if not images:
+        raise ValueError("expected at least one picture, got none")
+    prompts = each_prompt(prompts, len(images))
     compares = rewards.card.compares
     size = batch_size_for(side_of(rewards), device) if batch_size is None else batch_size
     scores: Scores = defaultdict(lambda: [math.nan] * len(images))

@@ -78,7 +78,7 @@ class Reward(Protocol):
         Args:
             images: B PIL pictures of any sizes, or pixels [B, 3, H, W] or clips [B, F, 3, H, W] (the mean over
                 frames), uint8 or float in [0, 1].
-            prompts: one per picture or clip.
+            prompts: one per picture or clip, or a single one for all.
 
         Raises:
             ValueError: counts that differ, another shape, type or range of values, or a gradient asked of a reward
@@ -108,7 +108,7 @@ def dispatch(
         ValueError: see `Reward.__call__`.
     """
     once(check_images, images)
-    check_prompts(prompts, len(images))
+    prompts = each_prompt(prompts, len(images))
     if not isinstance(images, Tensor):
         with full_precision(), torch.no_grad():
             return exact(images, prompts).float().cpu()
@@ -154,18 +154,22 @@ def check_images(images: Images) -> None:
         raise ValueError("expected at least one picture, got none")
 
 
-def check_prompts(prompts: Sequence[str], count: int) -> None:
-    """
+def each_prompt(prompts: Sequence[str], count: int) -> Sequence[str]:
+    """The prompt of each of `count` pictures; a single one is that of all.
+
     Raises:
-        ValueError: not `count` strings.
+        ValueError: neither `count` strings nor one.
     """
     if isinstance(prompts, str):
         raise ValueError(f"expected a list of {count} prompts, got one string; write [prompt]")
-    if len(prompts) != count:
-        raise ValueError(f"expected one prompt per picture, got {len(prompts)} prompts for {count} pictures")
+    if len(prompts) not in (1, count):
+        raise ValueError(
+            f"expected one prompt per picture, or one for all, got {len(prompts)} prompts for {count} pictures"
+        )
     others = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if others:
         raise ValueError(f"expected prompts that are strings, got {type(others[0]).__name__}: {others[0]!r}")
+    return prompts if len(prompts) == count else [*prompts] * count
 
 
 def flatten_frames(images: Tensor) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ from diffalign.rewards.base import (
     Images,
     Reward,
     check_images,
-    check_prompts,
+    each_prompt,
     flatten_frames,
     full_precision,
 )
@@ -51,7 +51,7 @@ def dispatch_clips(
         ValueError: see `Reward.__call__`.
     """
     check_images(images)
-    check_prompts(prompts, len(images))
+    prompts = each_prompt(prompts, len(images))
     if not isinstance(images, Tensor):
         clips = [_of_picture(picture) for picture in images]
         with full_precision(), torch.no_grad():
@@ -102,7 +102,7 @@ class Frames:
         if not isinstance(images, Tensor) or images.ndim != 5:
             return self._scored(images, prompts, 1)
         check_images(images)
-        check_prompts(prompts, len(images))
+        prompts = each_prompt(prompts, len(images))
         taken = images[:, spread(images.shape[1], 1 if self.reduce == "first" else self.frames)]
         flat, count = flatten_frames(taken)
         scores = self._scored(flat, [prompt for prompt in prompts for _ in range(count)], count)

@@ -16,8 +16,8 @@ from diffalign.rewards.base import (
     CutPrompts,
     Images,
     check_images,
-    check_prompts,
     dispatch,
+    each_prompt,
     flatten_frames,
     full_precision,
 )
@@ -54,7 +54,7 @@ class CosineScore(ABC):
 
         A prompt is encoded once, however often and with whatever others it is asked for; see `TextFeatures`.
         """
-        check_prompts(prompts, len(prompts))
+        each_prompt(prompts, len(prompts))
         return self._texts(self.tower, prompts)
 
     def _score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

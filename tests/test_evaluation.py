@@ -219,7 +219,7 @@ def test_score_images_names_what_is_wrong(tmp_path):
     for name in ("cut.png", "text.png", "absent.png"):
         with pytest.raises(ValueError, match=f"{name}: expected a whole picture"):
             score_images(Channel("red", 0), [tmp_path / name], ["x"])
-    with pytest.raises(ValueError, match="got 1 and 2"):
+    with pytest.raises(ValueError, match="2 prompts for 1 pictures"):
         score_images(Channel("red", 0), [tmp_path / "whole.png"], ["x", "y"])
-    with pytest.raises(ValueError, match="got 0 and 0"):
+    with pytest.raises(ValueError, match="at least one picture, got none"):
         score_images(Channel("red", 0), [], [])

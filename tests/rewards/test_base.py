@@ -80,6 +80,11 @@ def test_a_reward_without_gradient_refuses_pixels_that_want_one():
         assert PromptLength()(pixels, ["abc"]).item() == 3
 
 
+def test_a_single_prompt_is_that_of_all_pictures_and_frames():
+    assert PromptLength()(GRAY, ["abc"]).tolist() == [3, 3, 3]
+    assert PromptLength()(torch.rand(2, 4, 3, 8, 8), ["abc"]).tolist() == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("images", "prompts", "message"),
     [

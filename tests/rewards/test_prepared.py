@@ -144,6 +144,6 @@ def test_wrong_inputs_are_named_in_a_sum_too(two, images, message):
 
 def test_a_failure_leaves_no_scope(two, photographs):
     with pytest.raises(ValueError, match="one prompt per picture"):
-        two(photographs, ["a"])
+        two(photographs, ["a", "b"])
     source = torch.ones(2)
     assert once(total, source, 1.0) is not once(total, source, 1.0)
