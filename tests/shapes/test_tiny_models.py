@@ -66,12 +66,12 @@ SHIPPED = {
     "tiny-sd": Model(6, "unet", ("text_encoder",), {"single": (0.75, 1.0), "two": (0.25, 0.75)}),
     # 76 % of 180 held-out draws were right of one object, and of the 60 here it may be 15 points less
     "tiny-sdxl": Model(7, "unet", ("text_encoder", "text_encoder_2"), {"single": (0.6, 1.0), "two": (0.25, 0.75)}),
-    # below the range that is wanted of two objects
+    # 13.7 % of 270 held-out draws were right of two objects, below the range that is wanted; of the 60 here 3 or more
     "tiny-sd3": Model(
         7,
         "transformer",
         ("text_encoder", "text_encoder_2", "text_encoder_3"),
-        {"single": (0.5, 1.0), "two": (0.08, 0.75)},
+        {"single": (0.6, 1.0), "two": (0.05, 0.75)},
     ),
 }
 
