@@ -173,3 +173,15 @@ def test_every_key_is_wanted_and_no_other(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             load_strictly(module, state, tmp_path)
+
+
+def test_a_file_that_was_saved_on_a_gpu_is_read_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ImageReward's and HPSv2's authors saved theirs so; its tensors name the device that they were on."""
+    path = tmp_path / "gpu.pt"
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"weight": torch.arange(3.0)}, path)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(path, weights_only=True)
+    assert read_state(path)["weight"].tolist() == [0, 1, 2]
