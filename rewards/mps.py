@@ -31,13 +31,10 @@ from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.checkpoints import check_keys, load_strictly, read_state
 from diffalign.rewards.mps_network import CrossModel, head_sizes
 from diffalign.rewards.preprocess import hf_recipe
+from diffalign.rewards.rubrics import rubric
 from diffalign.rewards.texts import TextFeatures
 from diffalign.rewards.towers import dtype_named, state_of
 
-CONDITION = (
-    "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
-    "texture, quantity, attributes, position, number, location, word, things."
-)
 THRESHOLD = 0.3
 KEPT = 256  # prompts whose tokens are kept: 80 MB in fp32 as released, 78 rows of 1024 each
 UNUSED = ("model.text_model.embeddings.position_ids", "model.vision_model.embeddings.position_ids")
@@ -59,7 +56,7 @@ class MPS:
         device: where the network lives; pixels are brought there.
         dtype: of the network: float32, bfloat16 or float16. Pictures and the cosine are fp32 whatever it is.
         threshold: share of the largest similarity to the condition above which a word counts; in [0, 1).
-        condition: what the prompt's words are compared with.
+        condition: what the prompt's words are compared with; by default the released list.
 
     Raises:
         ValueError: a checkpoint that is not to be had, is a pickled object or of another layout; another threshold.
@@ -86,7 +83,7 @@ class MPS:
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         threshold: float = THRESHOLD,
-        condition: str = CONDITION,
+        condition: str | None = None,
     ) -> None:
         if not 0 <= threshold < 1:
             raise ValueError(f"mps.threshold: expected a number in [0, 1), got {threshold}")
@@ -96,7 +93,7 @@ class MPS:
         config, tokenizer = _backbone(backbone)
         self.clip = _clip(state, config, path, kind).to(device)
         self.head = _head(state, path, kind).to(device)
-        self.threshold, self.condition = threshold, condition
+        self.threshold, self.condition = threshold, rubric("mps") if condition is None else condition
         self.recipe = hf_recipe(config.vision_config.image_size)
         self.reader = PromptReader(self.clip, tokenizer)
         self.scale = float(self.clip.logit_scale.float().exp())

@@ -75,7 +75,10 @@ def test_ray_gives_what_the_plain_path_gives(cluster: None, tmp_path: Path) -> N
     files = save_reds(tmp_path, 21)
     files[3].write_text("no picture")
     spread, plain = both(tmp_path, {"tiny-clip": {"weight": 1.0}, "jpeg": {"weight": 0.5}})
-    assert spread.rows == plain.rows and len(plain.rows) == 20
+    assert len(plain.rows) == 20 and [row.image for row in spread.rows] == [row.image for row in plain.rows]
+    for ours, theirs in zip(spread.rows, plain.rows, strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, rel=1e-5)  # a worker has its own number of threads
+        assert (ours.prompt, ours.missing) == (theirs.prompt, theirs.missing)
     assert spread.broken == plain.broken and len(plain.broken) == 1
 
 

@@ -4,7 +4,7 @@
     python -m diffalign.shapes.train --model tiny-sd --vae runs/tiny-vae --out runs/tiny-sd --steps 8000
     python -m diffalign.shapes.train --init assets/tiny-sd --out runs/tiny-sd --steps 4000        # goes on from weights
 
-With `--text` the text encoders are those of another folder and stay as they are, which takes a quarter off a step.
+With `--text` the text encoders are those of another folder and stay as they are.
 
 What is saved is a stock diffusers folder with the averaged weights; a file beside it (OUT.state.pt) continues a killed
 run where it stopped (same command again). Every --eval-every steps the validation pass rate is printed, drawn with the

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.mps import CONDITION, PromptReader, counted
+from diffalign.rewards.mps import PromptReader, counted
+from diffalign.rewards.rubrics import rubric
 
 OPAQUE = ["astronaut_512", "coffee_600x400", "chelsea_451x300", "china_640x427", "portrait_256x400", "exact_224"]
 
@@ -95,11 +96,11 @@ def test_a_prompt_is_read_once_and_again_with_other_weights(weights: Path, backb
     pictures = [oracle.photographs()[name] for name in OPAQUE[:3]]
     before = reward(pictures, ["tea", "a cat", "tea"])
     reward(pictures[1:2], ["a cat"])
-    assert asked == [CONDITION, "tea", "a cat"]
+    assert asked == [rubric("mps"), "tea", "a cat"]
     with torch.no_grad():
         reward.clip.text_projection.weight.mul_(torch.arange(32)[:, None])
     assert (reward(pictures, ["tea", "a cat", "tea"]) - before).abs().min() > 0.01
-    assert asked == [CONDITION, "tea", "a cat"] * 2
+    assert asked == [rubric("mps"), "tea", "a cat"] * 2
 
 
 def test_the_float_path_is_near_the_exact_one(reward: Any):

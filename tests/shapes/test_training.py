@@ -81,7 +81,7 @@ def test_a_flow_sees_clean_times_too():
     assert abs((t < 0.25).float().mean().item() - (0.25 * UNIFORM_SHARE + 0.014 * (1 - UNIFORM_SHARE))) < 0.005
 
 
-def test_a_quarter_of_the_steps_is_padded_as_the_stock_call_pads():
+def test_some_steps_are_padded_as_the_stock_call_pads():
     pipe, generator = SimpleNamespace(t5_length=0, stock=SimpleNamespace()), torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(4000):

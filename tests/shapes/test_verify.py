@@ -288,11 +288,11 @@ def test_a_caption_outside_the_grammar_is_an_error():
 
 
 @pytest.mark.slow
-def test_the_shipped_vae_hardly_changes_a_verdict(root: Path):
-    folder = root / "assets" / "tiny-sd" / "vae"
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-sd3"])  # tiny-sdxl has the one of tiny-sd
+def test_the_shipped_vae_hardly_changes_a_verdict(model: str, root: Path):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder).eval()
+    vae = AutoencoderKL.from_pretrained(root / "assets" / model / "vae").eval()
     pairs, agree = list(drawn(600, seed=9)), []
     for start in range(0, len(pairs), 50):
         part = pairs[start : start + 50]
