@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.models import CLIP_TOKENS, Architecture, build_pipeline
 from diffalign.config import RunConfig, load_config
 from diffalign.graphs import cuda_graph, graphed
-from diffalign.methods.base import Noised, PairBatch, Run, reference_errors
+from diffalign.methods.base import Batch, Noised, Run, pair_batch, reference_errors
 from diffalign.methods.dpo import DPO
 from diffalign.pipelines.attention import require, set_attention
 from diffalign.pipelines.base import LatentPipeline
@@ -69,12 +69,12 @@ class Cached:
     logvar: Tensor
     condition: Condition
 
-    def batch(self, generator: torch.Generator, device: torch.device) -> PairBatch:
+    def batch(self, generator: torch.Generator, device: torch.device) -> Batch:
         """Draws from the posteriors on the CPU, winners first, as `diffalign.batches` does."""
         pairs = zip(self.mean.chunk(2), self.logvar.chunk(2), strict=True)
         drawn = [mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator) for mean, logvar in pairs]
         winner, loser = (latents.to(device) for latents in drawn)
-        return PairBatch(winner, loser, self.condition, torch.ones(len(winner), device=device))
+        return pair_batch(winner, loser, self.condition, torch.ones(len(winner), device=device))
 
 
 def random_cached(model: Architecture, pairs: int, device: torch.device) -> Cached:

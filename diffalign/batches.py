@@ -1,9 +1,10 @@
-"""Cached pairs as training batches: order, posterior sampling and prompt dropout, all from given generators."""
+"""Cached examples as training batches: order, posterior sampling and prompt dropout, all from given generators."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,65 +13,104 @@ import torch
 from torch import Tensor
 
 from diffalign.cache import Cache
+from diffalign.data.examples import epoch_order
 from diffalign.data.images import Frame
-from diffalign.data.pairs import Pair, epoch_order
-from diffalign.methods.base import PairBatch
+from diffalign.data.views import Example
+from diffalign.methods.base import Batch
 from diffalign.process import moved
 from diffalign.sampling import Condition
+from diffalign.selection import Chooser
 
 FrameCondition = Callable[[Sequence[Frame]], Condition]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Training and validation pairs of one run; holds neither VAE nor text encoder."""
+    """Training and validation examples of one run; holds neither VAE nor text encoder."""
 
     cache: Cache
-    train: Sequence[Pair]
-    validation: Sequence[Pair]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     batch_size: int
     validation_batch_size: int
     seed: int
-    frame_condition: FrameCondition | None = None  # what the network is told of a pair beside its prompt
+    latent_shape: Callable[[int, int], tuple[int, ...]]  # of one picture of (height, width) pixels
+    frame_condition: FrameCondition | None = None  # what the network is told of an example beside its prompts
+    chooser: Chooser | None = None  # which training examples are drawn from; None: all
 
     @functools.cached_property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of each training pair."""
-        return tuple(pair.view.size for pair in self.train)
+    def kinds(self) -> tuple[tuple[int, ...], ...]:
+        """(height, width, number of members) of each training example: what all of a batch have in common."""
+        return tuple((*example.crop.size, len(example.members)) for example in self.train)
 
     def fingerprint(self) -> str:
         """Hash of what is trained on: pictures, views, prompts and labels."""
         digest = hashlib.sha256()
-        for pair in self.train:
-            digest.update(f"{pair.cache_keys()} {pair.prompt!r} {pair.label}".encode())
+        for example in self.train:
+            digest.update(f"{example.cache_keys()} {example.prompts!r} {example.label} {example.scores}".encode())
         return digest.hexdigest()
 
-    def batch(self, number: int, generator: torch.Generator, prompt_dropout: float, device: torch.device) -> PairBatch:
-        """The batch of this number in the endless sequence of shuffled epochs."""
-        epoch, index = divmod(number, len(epoch_batches(self.sizes, self.batch_size, self.seed, 0)))
-        pairs = [self.train[i] for i in epoch_batches(self.sizes, self.batch_size, self.seed, epoch)[index]]
-        dropped = torch.rand(len(pairs), generator=generator) < prompt_dropout
-        prompts = ["" if drop else pair.prompt for pair, drop in zip(pairs, dropped.tolist(), strict=True)]
-        return self._collate(pairs, prompts, generator, device)
+    def batch(
+        self, number: int, generator: torch.Generator, prompt_dropout: float, device: torch.device, step: int = 0
+    ) -> Batch:
+        """The batch of this number in the endless sequence of shuffled epochs over what is chosen at a step."""
+        chosen = self.chooser.chosen(step) if self.chooser else None
+        kinds = self.kinds if chosen is None else tuple(self.kinds[i] for i in chosen)
+        epoch, index = divmod(number, len(epoch_batches(kinds, self.batch_size, self.seed, 0)))
+        places = epoch_batches(kinds, self.batch_size, self.seed, epoch)[index]
+        examples = [self.train[place if chosen is None else chosen[place]] for place in places]
+        dropped = (torch.rand(len(examples), generator=generator) < prompt_dropout).tolist()
+        return self._collate(examples, dropped, generator, device)
 
-    def validation_batches(self, seed: int, device: torch.device) -> Iterator[PairBatch]:
-        """All held-out pairs, in order, with a fixed draw of their latents."""
-        generator = torch.Generator().manual_seed(seed)
-        size = self.validation_batch_size
-        for start in range(0, len(self.validation), size):
-            pairs = self.validation[start : start + size]
-            yield self._collate(pairs, [pair.prompt for pair in pairs], generator, device)
+    def validation_batches(self, seed: int, device: torch.device) -> Iterator[Batch]:
+        """All held-out examples, in order, with a fixed draw of their latents."""
+        yield from self.all_batches(self.validation, torch.Generator().manual_seed(seed), device)
+
+    def all_batches(
+        self, examples: Sequence[Example], generator: torch.Generator, device: torch.device
+    ) -> Iterator[Batch]:
+        """These examples in order, those of one kind together as long as they follow each other."""
+        for start in range(0, len(examples), self.validation_batch_size):
+            some = examples[start : start + self.validation_batch_size]
+            for _, alike in itertools.groupby(some, lambda example: (example.crop.size, len(example.members))):
+                same = list(alike)
+                yield self._collate(same, [False] * len(same), generator, device)
 
     def _collate(
-        self, pairs: Sequence[Pair], prompts: Sequence[str], generator: torch.Generator, device: torch.device
-    ) -> PairBatch:
-        moments = [self.cache.moments(pair) for pair in pairs]
-        winner, loser = (moved(_posterior_sample([m[side] for m in moments], generator), device) for side in (0, 1))
-        condition = self.cache.condition(prompts)
-        if self.frame_condition:
-            condition |= self.frame_condition([pair.frame for pair in pairs])
-        condition = {name: moved(value, device) for name, value in condition.items()}
-        return PairBatch(winner, loser, condition, moved(torch.tensor([pair.label for pair in pairs]), device))
+        self, examples: Sequence[Example], dropped: Sequence[bool], generator: torch.Generator, device: torch.device
+    ) -> Batch:
+        """`dropped`: which examples lose their prompts, all members at once."""
+        moments = [self.cache.moments(example) for example in examples]
+        told = self.frame_condition([example.frame for example in examples]) if self.frame_condition else {}
+        members: list[Tensor] = []
+        conditions: list[Condition] = []
+        for place in range(len(examples[0].prompts)):
+            if examples[0].members:
+                same = place > 0 and all(e.members[place] == e.members[0] for e in examples)
+                # one picture under several prompts is one latent, or not the prompts alone would differ
+                drawn = members[0] if same else _posterior_sample([m[place] for m in moments], generator)
+                members.append(moved(drawn, device))
+            prompts = ["" if drop else e.prompts[place] for e, drop in zip(examples, dropped, strict=True)]
+            conditions.append(self._condition(prompts, told, device))
+        return Batch(
+            tuple(members),
+            tuple(conditions),
+            label=moved(torch.tensor([example.label for example in examples]), device),
+            scores=moved(torch.tensor([example.scores for example in examples]), device),
+            negative=self._condition([""] * len(examples), told, device),
+            signs=_signs(examples, device),
+            prompts=tuple(example.prompt for example in examples),
+            shape=self.latent_shape(*examples[0].crop.size),
+        )
+
+    def _condition(self, prompts: Sequence[str], told: Condition, device: torch.device) -> Condition:
+        return {name: moved(value, device) for name, value in (self.cache.condition(prompts) | told).items()}
+
+
+def _signs(examples: Sequence[Example], device: torch.device) -> Tensor | None:
+    """[B, S] or [B, H, W], if the examples have labels of segments or regions; +1 where the first member is better."""
+    signs = [example.signs for example in examples]
+    return None if None in signs else moved(torch.tensor(signs, dtype=torch.float32), device)
 
 
 def _posterior_sample(moments: Sequence[dict[str, Tensor]], generator: torch.Generator) -> Tensor:
@@ -81,19 +121,19 @@ def _posterior_sample(moments: Sequence[dict[str, Tensor]], generator: torch.Gen
 
 @functools.lru_cache(maxsize=4)
 def epoch_batches(
-    sizes: tuple[tuple[int, int], ...], batch_size: int, seed: int, epoch: int
+    kinds: tuple[tuple[int, ...], ...], batch_size: int, seed: int, epoch: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Indices of each batch of one epoch, from (seed, epoch) alone; pictures of one batch are of one size.
+    """Indices of each batch of one epoch, from (seed, epoch) alone; the examples of one batch are of one kind.
 
-    What does not fill a batch is left out of this epoch (another part each time); a size with too few pictures for
+    What does not fill a batch is left out of this epoch (another part each time); a kind with too few examples for
     one batch fills it by repeating them.
     """
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index in epoch_order(len(sizes), seed, epoch):
-        groups[sizes[index]].append(index)
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index in epoch_order(len(kinds), seed, epoch):
+        groups[kinds[index]].append(index)
     batches = []
-    for size in sorted(groups):
-        group = groups[size]
+    for kind in sorted(groups):
+        group = groups[kind]
         group = group * -(-batch_size // len(group)) if len(group) < batch_size else group
         batches += [tuple(group[i : i + batch_size]) for i in range(0, len(group) - batch_size + 1, batch_size)]
     order = epoch_order(len(batches), seed + 1, epoch)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.data.pairs import Pair
+from diffalign.data.views import Example
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Condition
 from diffalign.shards import Entry, Shards
@@ -40,19 +40,25 @@ class Cache:
         self.texts = Shards(root / f"texts-{pipe.fingerprint('text')}{suffix}", flush_seconds)
 
     def fill(
-        self, pipe: LatentPipeline, pairs: Sequence[Pair], prompts: Iterable[str], batch_size: int, progress: Progress
+        self,
+        pipe: LatentPipeline,
+        examples: Sequence[Example],
+        prompts: Iterable[str],
+        batch_size: int,
+        progress: Progress,
     ) -> None:
-        """Computes what is missing for these pairs and prompts; what is there is verified, and not computed again.
+        """Computes what is missing for these examples and prompts; what is there is verified, and not computed again.
 
         Raises:
             OSError: the disk is full; what is complete is kept.
-            ValueError: a size that the model cannot take, or a picture that could be read when the pairs were loaded
+            ValueError: a size that the model cannot take, or a picture that could be read when the data were loaded
                 and cannot be now.
         """
-        for size in sorted({pair.view.size for pair in pairs}):
+        for size in sorted({example.crop.size for example in examples}):
             pipe.latent_shape(*size)
-        self._fill_texts(pipe, [*dict.fromkeys([*(p.prompt for p in pairs), *prompts])], batch_size, progress)
-        self._fill_latents(pipe, pairs, batch_size, progress)
+        own = (prompt for example in examples for prompt in example.prompts)
+        self._fill_texts(pipe, [*dict.fromkeys([*own, *prompts])], batch_size, progress)
+        self._fill_latents(pipe, examples, batch_size, progress)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """The conditions of cached prompts, stacked: every value [len(prompts), ...].
@@ -63,16 +69,14 @@ class Cache:
         entries = [self._get(self.texts, prompt, f"prompt {prompt!r}") for prompt in prompts]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
-    def moments(self, pair: Pair) -> tuple[Entry, Entry]:
-        """{"mean", "logvar"}, each fp32 [C, h, w], of winner and loser.
+    def moments(self, example: Example) -> tuple[Entry, ...]:
+        """{"mean", "logvar"}, each fp32 [C, h, w], of each member.
 
         Raises:
-            ValueError: a pair that was not cached.
+            ValueError: an example that was not cached.
         """
-        winner, loser = (
-            self._get(self.latents, key, f"a picture of {pair.record.source}") for key in pair.cache_keys()
-        )
-        return winner, loser
+        what = f"a picture of {example.record.source}"
+        return tuple(self._get(self.latents, key, what) for key in example.cache_keys())
 
     def _get(self, shards: Shards, key: str, what: str) -> Entry:
         hashed = _hash(key)
@@ -97,17 +101,19 @@ class Cache:
                 progress("prompts", min(start + batch_size, len(missing)), len(missing))
 
     @torch.no_grad()
-    def _fill_latents(self, pipe: LatentPipeline, pairs: Sequence[Pair], batch_size: int, progress: Progress) -> None:
-        self.latents.verify(_hash(key) for pair in pairs for key in pair.cache_keys())
-        todo = [pair for pair in pairs if self.latents.missing(map(_hash, pair.cache_keys()))]
+    def _fill_latents(
+        self, pipe: LatentPipeline, examples: Sequence[Example], batch_size: int, progress: Progress
+    ) -> None:
+        self.latents.verify(_hash(key) for example in examples for key in example.cache_keys())
+        todo = [example for example in examples if self.latents.missing(map(_hash, example.cache_keys()))]
         # batches of one size; otherwise the order of the file, which is quick to read
-        todo.sort(key=lambda pair: pair.view.size)
-        seen: set[str] = set()  # two pairs may share a picture
+        todo.sort(key=lambda example: example.crop.size)
+        seen: set[str] = set()  # two examples may share a picture
         done = 0
         with self.latents.writer() as put:
             while done < len(todo):
-                size = todo[done].view.size
-                some = [pair for pair in todo[done : done + batch_size] if pair.view.size == size]
+                size = todo[done].crop.size
+                some = [example for example in todo[done : done + batch_size] if example.crop.size == size]
                 pictures = _pictures(some)
                 keys = [key for key in self.latents.missing(pictures) if key not in seen]
                 seen.update(keys)
@@ -122,15 +128,19 @@ class Cache:
                 progress("pairs", done, len(todo))
 
 
-def _pictures(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    return {_hash(key): pixels for pair in pairs for key, pixels in zip(pair.cache_keys(), pair.pixels(), strict=True)}
+def _pictures(examples: Sequence[Example]) -> dict[str, Tensor]:
+    return {
+        _hash(key): pixels
+        for example in examples
+        for key, pixels in zip(example.cache_keys(), example.pixels(), strict=True)
+    }
 
 
-def _refuse_overflow(mean: Tensor, logvar: Tensor, pairs: Sequence[Pair]) -> None:
+def _refuse_overflow(mean: Tensor, logvar: Tensor, examples: Sequence[Example]) -> None:
     """What is not finite would stay in the cache, and spoil every run that reads it."""
     if not (mean.isfinite().all() and logvar.isfinite().all()):
-        raise ValueError(f"the VAE gave latents that are not finite for pictures of {pairs[0].record.source} to "
-                         f"{pairs[-1].record.source}: expected numbers; in fp16 a VAE may overflow, so set "
+        raise ValueError(f"the VAE gave latents that are not finite for pictures of {examples[0].record.source} to "
+                         f"{examples[-1].record.source}: expected numbers; in fp16 a VAE may overflow, so set "
                          f"mixed_precision: bf16, or take a VAE that is repaired for fp16")  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from diffalign.card import CONFIG, add_evaluation
 from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
-from diffalign.data.pairs import load_pairs
 from diffalign.estimate import CARDS, estimate
 from diffalign.evaluation import evaluate
 from diffalign.generation import generate
@@ -35,8 +34,9 @@ from diffalign.refusals import refuse
 from diffalign.rewards import CLIPS, REWARDS, clip_section
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
-from diffalign.startup import weight_dtype
-from diffalign.table import bind, build, coerce, resolve, unknown
+from diffalign.selection import SELECTIONS
+from diffalign.startup import read_examples, weight_dtype
+from diffalign.table import bind, build, coerce, unknown
 from diffalign.trainer import train
 
 log = logging.getLogger("diffalign")
@@ -77,7 +77,8 @@ def dry_run(config: str, overrides: Sequence[str]) -> Result:
     """The resolved config, after every check that needs neither the data nor the model."""
     resolved = load_config(config, overrides)
     method = build(METHODS, resolved.method, what="method")
-    resolve(REFERENCES, resolved.reference_name, "reference")
+    bind(REFERENCES, resolved.reference, what="reference", pipe=None)
+    build(SELECTIONS, resolved.selection, what="selection")
     refuse(resolved, method)
     for label, section in resolved.rewards.items():
         check_reward(label, section)
@@ -102,9 +103,7 @@ def check_reward(label: str, section: float | Mapping[str, Any]) -> None:
 def fill_cache(config: str, overrides: Sequence[str]) -> Result:
     """Latents and embeddings of a config's data, so that a run starts at once and on a smaller device."""
     resolved = load_config(config, overrides)
-    pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
-                       random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
-    log.info(pairs.summary())
+    examples = read_examples(resolved, build(METHODS, resolved.method, what="method"))
     pipe = load_pipeline(
         resolved.pretrained_model_name_or_path,
         dtype=weight_dtype(resolved),
@@ -113,7 +112,7 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
         variant=resolved.variant,
         attention=resolved.attention,
     )
-    everything = [*pairs.train, *pairs.validation]
+    everything = [*examples.train, *examples.validation]
     counts = {"prompts": 0, "pairs": 0}
 
     def progress(what: str, done: int, total: int) -> None:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from diffalign.methods import DEFAULTS
 from diffalign.table import coerce, split_section, unknown
 
 PACKAGED = Path(__file__).resolve().parent / "configs"
@@ -70,7 +72,8 @@ class RunConfig:
     init_lora: str | None = None  # continue this LoRA instead of a fresh one
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
     train_timesteps: list[int] | None = None  # train at these times of the network alone: [249, 499, 749, 999] of Turbo
-    reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})
+    reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})  # or as the method has it
+    selection: dict[str, Any] = field(default_factory=lambda: {"name": "all"})  # of the training examples, or likewise
     rewards: dict[str, Any] = field(default_factory=dict)  # name: weight, or name: {weight, keywords}
 
     train_batch_size: int = 4  # pairs per device and microbatch
@@ -100,6 +103,7 @@ class RunConfig:
     report_to: str = "tensorboard"  # tensorboard | wandb | trackio | none
     logging_steps: int = 10
     validation_steps: int | None = None  # None: only before the first and after the last step
+    early_stopping_patience: int | None = None  # stop after so many validations without a better held-out accuracy
     validation_batch_size: int = 16
     validation_prompts: list[str] = field(default_factory=list)  # pictures of these are drawn at each validation
     num_inference_steps: int = 20
@@ -228,7 +232,8 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     if "pretrained_model_name_or_path" not in values:
         raise ValueError("the config has no pretrained_model_name_or_path: the model to train, such as tiny-sd")
     checked = {key: _checked(key, value, hints[key]) for key, value in values.items()}
-    config = RunConfig(**checked)
+    method = checked["method"]["name"] if "method" in checked else "dpo"
+    config = RunConfig(**copy.deepcopy(DEFAULTS.get(method, {})) | checked)
     _check_ranges(config)
     return config
 
@@ -248,7 +253,7 @@ def dump(config: RunConfig, path: Path) -> None:
 def _checked(key: str, value: Any, hint: Any) -> Any:
     if key == "lora":
         return _lora(value)
-    if key in ("method", "reference", "data"):
+    if key in ("method", "reference", "selection", "data"):
         name, keywords = split_section(value, key)
         return {"name": name, **keywords}
     if key == "validation_prompts":
@@ -297,7 +302,7 @@ def _check_ranges(config: RunConfig) -> None:
             raise ValueError(f"{key}: expected a number from 0 to 2^32 - 1, got {getattr(config, key)!r}")
     if config.memory_gb is not None and config.memory_gb <= 0:
         raise ValueError(f"memory_gb: expected a number above 0, or null for what is free, got {config.memory_gb!r}")
-    for key in ("checkpoints_total_limit", "validation_steps"):
+    for key in ("checkpoints_total_limit", "validation_steps", "early_stopping_patience"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")
     for key in ("prompt_dropout", "ema_decay", "adam_beta1", "adam_beta2"):

@@ -6,8 +6,9 @@ import torch
 
 from diffalign.config import RunConfig
 from diffalign.methods.base import Method, Need
+from diffalign.reference import MOVING
 
-SERVED = {Need.PAIRS, Need.REFERENCE}  # what the trainer can give a method
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS}  # what the trainer can give a method
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -19,12 +20,18 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
         )
+    if Need.REWARD in method.needs and not config.rewards:
+        raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
+    if config.reference_name in MOVING and config.cuda_graph:
+        raise ValueError(f"reference {config.reference_name!r} moves, and cuda_graph: true replays one that does not")
+    if config.early_stopping_patience and not config.validation_steps:
+        raise ValueError("early_stopping_patience counts validations: set validation_steps")
     if Need.REFERENCE in method.needs and config.reference_name == "none":
         raise ValueError(f"method {config.method_name!r} needs a reference: set reference: {{name: adapter_off}}, "
                          f"or frozen_copy for train: full")  # fmt: skip
     if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
-    if config.rewards and not config.validation_prompts:
+    if config.rewards and not config.validation_prompts and Need.REWARD not in method.needs:
         raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
     if config.train == "full" and config.init_lora:
         raise ValueError(

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, patch_environment
+from torch import Tensor
 
 from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
@@ -21,11 +23,12 @@ from diffalign.cache import Cache
 from diffalign.card import write_card
 from diffalign.config import RunConfig, as_dict, dump, load_config
 from diffalign.config import resolve as resolve_config
-from diffalign.data.pairs import Pairs, load_pairs
+from diffalign.data.examples import Examples, load_examples
+from diffalign.data.views import view_of
 from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, whole, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method
+from diffalign.methods.base import Method, Need, Score, no_reward
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
@@ -34,7 +37,10 @@ from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lo
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.refusals import refuse, refuse_graph
-from diffalign.table import build, resolve
+from diffalign.rewards import load_rewards
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.selection import SELECTIONS, Chooser
+from diffalign.table import bind, build
 from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
@@ -63,6 +69,7 @@ class Prepared:
     make_reference: MakeReference
     data: Batches
     draw_samples: DrawSamples
+    score: Score
     checkpoint: Path | None
 
 
@@ -74,7 +81,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     resolved = load_config(config, overrides)
     method: Method = build(METHODS, resolved.method, what="method")
-    make_reference: MakeReference = resolve(REFERENCES, resolved.reference_name, "reference")
+    make_reference = partial(build, REFERENCES, resolved.reference, what="reference")
+    bind(REFERENCES, resolved.reference, what="reference", pipe=None)
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
@@ -95,10 +103,8 @@ def _prepare_claimed(
 ) -> Prepared:  # fmt: skip
     """The rest of `prepare_run`, in a folder that is this run's."""
     accelerator.init_trackers("diffalign")
-    pairs = load_pairs(resolved.data, resolved.resolution, random_crop=resolved.random_crop,
-                       random_flip=resolved.random_flip, seed=resolved.seed)  # fmt: skip
-    log.info(pairs.summary())
-    refuse_few_pairs(resolved, len(pairs.train), accelerator.num_processes)
+    examples = read_examples(resolved, method)
+    refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
                          attention=resolved.attention)  # fmt: skip
@@ -108,8 +114,9 @@ def _prepare_claimed(
         pipe.process = at_timesteps(pipe.process, resolved.train_timesteps)
         low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
         pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
-    data = cached(pipe, pairs, resolved, accelerator)
+    data = cached(pipe, examples, resolved, accelerator)
     draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
+    score = scorer(pipe, resolved, accelerator.device) if Need.REWARD in method.needs else no_reward
     pipe.release()
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
     budget = None if dealt_out else memory_budget(resolved, accelerator.device)
@@ -119,8 +126,38 @@ def _prepare_claimed(
         pipe.network.to("cpu")  # only its shards go back to the device; a frozen copy is made here too
     parameters = make_trainable(pipe, resolved)
     return Prepared(
-        resolved, folder, accelerator, method, pipe, parameters, make_reference, data, draw_samples, checkpoint
+        resolved,
+        folder,
+        accelerator,
+        method,
+        pipe,
+        parameters,
+        make_reference,
+        data,
+        draw_samples,
+        score,
+        checkpoint,
     )
+
+
+def read_examples(config: RunConfig, method: Method) -> Examples:
+    """The data of a run as its method looks at them, with a line in the log."""
+    examples = load_examples(config.data, config.resolution, view_of(method.view), random_crop=config.random_crop,
+                             random_flip=config.random_flip, seed=config.seed)  # fmt: skip
+    log.info(examples.summary())
+    return examples
+
+
+def scorer(pipe: LatentPipeline, config: RunConfig, device: torch.device) -> Score:
+    """The run's rewards of latents; it keeps the VAE alive."""
+    rewards, decode = load_rewards(config.rewards, device=device), pipe.decoder()
+
+    @torch.no_grad()
+    def score(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        with preferring(config.attention):
+            return rewards(to_pictures(decode(latents).clamp(0, 1).float().cpu()), list(prompts)).to(latents.device)
+
+    return score
 
 
 def claim_folder(folder: Path, config: RunConfig) -> Path | None:
@@ -185,9 +222,9 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
 
 
-def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: Accelerator) -> Batches:
+def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelerator: Accelerator) -> Batches:
     """Fills the cache on one rank while the others wait, then opens it on all."""
-    everything = [*pairs.train, *pairs.validation]
+    everything = [*examples.train, *examples.validation]
     prompts = ["", *config.validation_prompts]
 
     def progress(what: str, done: int, total: int) -> None:
@@ -200,8 +237,9 @@ def cached(pipe: LatentPipeline, pairs: Pairs, config: RunConfig, accelerator: A
                 cache.fill(pipe, everything, prompts, config.validation_batch_size, progress)
     told = pipe.frame_condition if config.micro_conditioning == "data" else None
     return Batches(
-        cache, pairs.train, pairs.validation, config.train_batch_size, config.validation_batch_size, config.seed, told
-    )
+        cache, examples.train, examples.validation, config.train_batch_size, config.validation_batch_size, config.seed,
+        pipe.latent_shape, told, Chooser(build(SELECTIONS, config.selection, what="selection"), examples.train),
+    )  # fmt: skip
 
 
 def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:

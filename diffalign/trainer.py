@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign import checkpoint as ckpt
+from diffalign.checkpoint import until_sigterm
 from diffalign.config import RunConfig
 from diffalign.console import progress_bar
 from diffalign.distributed import (
@@ -27,22 +27,21 @@ from diffalign.distributed import (
     any_rank,
     clip,
     exchange,
-    placed_like,
-    placed_optimizer,
     spread,
     step_unless,
-    whole,
 )
-from diffalign.ema import Ema
+from diffalign.ema import Best, Ema
 from diffalign.graphs import graphed
-from diffalign.methods.base import Method, Noised, PairBatch, Run
+from diffalign.methods.base import Batch, Method, Noised, Run
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.resuming import restore, save
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
 from diffalign.seeds import mix
+from diffalign.selection import Chooser
 from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
-from diffalign.validation import check_identity, held_out_metrics
+from diffalign.validation import check_identity, held_out_metrics, logits
 
 log = logging.getLogger("diffalign")
 
@@ -77,9 +76,10 @@ class Trainer:
         self.draw_samples = prepared.draw_samples
         self.pipe: LatentPipeline = prepared.pipe
         self.data = prepared.data
+        self.score = prepared.score
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
-        self.reference = prepared.make_reference(self.pipe)
+        self.reference = prepared.make_reference(pipe=self.pipe)
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
         wrapped.network, self.optimizer = spread(
@@ -90,13 +90,14 @@ class Trainer:
         self.parameters = list(self.trained.values())
         self.ema = Ema(self.trained, self.config.ema_decay)
         self.step = 0
+        self.best = Best(self.trained, self.config.early_stopping_patience)
         self.averages, self.alarm = Averages(), DisplacementAlarm()
         self.skipped, self.pace = SkippedSteps(self.accelerator.device), Pace()
         self.recorded: dict[int, Callable[[Noised], dict[str, Tensor]]] = {}
         self.last: dict[str, float] = {}
         self.checkpoint = prepared.checkpoint
         if self.checkpoint:
-            self._restore(self.checkpoint)
+            restore(self, self.checkpoint)
         self.metrics_file = MetricsFile(self.folder / "metrics.jsonl", self.step) if self._main else None
 
     def fit(self) -> RunResult:
@@ -106,12 +107,17 @@ class Trainer:
             self._validate()
         stopping, last = False, self.config.max_train_steps
         bar = progress_bar("training", last, done=self.step, hidden=not self._main)
-        with ckpt.until_sigterm() as received, bar as advance:
+        with until_sigterm() as received, bar as advance:
             while self.step < last and not stopping:
                 self._train_step()
                 advance(1, self._shown())
                 stopping = self._asked_to_stop(received)
                 self._after_step(last=stopping or self.step == last)
+                if self.best.over:
+                    log.info(
+                        "stopped at step %d: held-out accuracy is no better than at step %d", self.step, self.best.step
+                    )
+                    break
         self._save_result()
         self.accelerator.end_training()
         return RunResult(self.folder, self.step, self.last, interrupted=stopping)
@@ -135,6 +141,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not config.cuda_graph)  # a recording writes where it wrote before
         self.step += 1
         self.ema.update(self.step)
+        if self.reference is not None:
+            self.reference.after_step(self.step)
         self.skipped.update(skip)
         self.averages.add({"grad_norm": norm[None]})
 
@@ -175,15 +183,23 @@ class Trainer:
             self.recorded[share] = graphed(learn, self.parameters)
         return self.recorded[share]
 
-    def _batch(self, micro: int, generator: torch.Generator) -> PairBatch:
+    def _batch(self, micro: int, generator: torch.Generator) -> Batch:
         config, accelerator = self.config, self.accelerator
         number = self.step * config.gradient_accumulation_steps + micro
         number = number * accelerator.num_processes + accelerator.process_index
-        return self.data.batch(number, generator, config.prompt_dropout, accelerator.device)
+        return self.data.batch(number, generator, config.prompt_dropout, accelerator.device, self.step)
 
     def _run(self, policy: Policy, seed: int) -> Run:
         generator = torch.Generator().manual_seed(seed)
-        return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator)
+        return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator, self._times,
+                   self.score, self._mean, self.step)  # fmt: skip
+
+    def _times(self, steps: int) -> Tensor:
+        return self.pipe.times(steps).to(self.accelerator.device)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(value, reduction="mean")
+        return mean
 
     def _read(self) -> None:
         """Looks at what the device has computed since the last time, and waits for it to be done."""
@@ -204,10 +220,12 @@ class Trainer:
             rate = self.optimizer.param_groups[0]["lr"]
             step = {"learning_rate": rate, "pairs_per_second": pairs * self.pace.steps_per_second(self.step)}
             self._log(self.averages.pop(gather_object) | step | peak_memory(self.accelerator.device))
+        if self.data.chooser and self.data.chooser.due(self.step):
+            self._measure_margins(self.data.chooser)
         if validates:
             self._validate()
         if saves:
-            self._save_checkpoint()
+            save(self)
         if logs or validates or saves:
             self.pace = Pace(self.step)
 
@@ -223,13 +241,24 @@ class Trainer:
         seed = self.config.validation_seed
         batches = self.data.validation_batches(seed, self.accelerator.device)
 
-        def run_of(number: int) -> Run:
-            # the module, not its DDP wrapper: without gradient there is nothing to exchange
-            return self._run(self.pipe.predict, mix(seed, 0, number, 0))
-
         with self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
-            values = held_out_metrics(self.method, run_of, batches, self.accelerator)
+            values = held_out_metrics(self.method, partial(self._probe, seed), batches, self.accelerator)
+            self.best.update(self.step, values)
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
+
+    def _probe(self, seed: int, number: int) -> Run:
+        """A run without gradient whose noise follows from a batch's number; no gradients to exchange, so no wrapper."""
+        return self._run(self.pipe.predict, mix(seed, 0, number, 0))
+
+    def _measure_margins(self, chooser: Chooser) -> None:
+        """The logits of all training examples, for a selection that goes by them."""
+        seed, rows = self.config.seed, []
+        with self.accelerator.autocast(), torch.no_grad():
+            for draw in range(chooser.selection.draws):
+                latents = torch.Generator().manual_seed(mix(seed, draw, 0, 2))
+                batches = self.data.all_batches(self.data.train, latents, self.accelerator.device)
+                rows.append(logits(self.method, partial(self._probe, mix(seed, draw, 0, 1)), batches, self.accelerator))
+        chooser.update(torch.stack(rows))
 
     def _log(self, values: dict[str, float]) -> None:
         if not values or not self._main:
@@ -239,39 +268,9 @@ class Trainer:
         assert self.metrics_file is not None
         self.metrics_file.write(self.step, values)
 
-    def _save_checkpoint(self) -> None:
-        kept = [self.trained, self.ema.values, self.optimizer.state_dict()]
-        trainable, ema, optimizer = whole(kept, self._main)
-        if self._main:
-            ckpt.save_checkpoint(
-                self.folder,
-                self.step,
-                tensors={"trainable": trainable, **({"ema": ema} if ema else {})},
-                optimizer=optimizer,
-                counters={"nonfinite": self.skipped.row, "nonfinite_total": self.skipped.total,
-                          "alarm": [self.alarm.average, self.alarm.above, self.alarm.warned]},
-            )  # fmt: skip
-            ckpt.prune(self.folder, self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-
-    def _restore(self, folder: Path) -> None:
-        manifest = ckpt.read_manifest(folder)
-        trainable = ckpt.load_tensors(folder, "trainable")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(placed_like(trainable[name], parameter))
-        if self.ema.values:
-            self.ema.restore(ckpt.load_tensors(folder, "ema"))
-        self.optimizer.load_state_dict(placed_optimizer(ckpt.load_optimizer(folder), self.parameters))
-        counters = manifest["counters"]
-        self.step, self.pace = manifest["step"], Pace(manifest["step"])
-        self.skipped = SkippedSteps(self.accelerator.device, counters["nonfinite_total"], counters["nonfinite"])
-        self.alarm.average, self.alarm.above, self.alarm.warned = counters["alarm"]
-        log.info("resumed from %s at step %d", folder, self.step)
-
     def _save_result(self) -> None:
         """The LoRA (or the whole model) that the run is for, with averaged weights if they are kept."""
-        with self.ema.in_place():
+        with self.best.in_place() if self.best.values else self.ema.in_place():
             facts = facts_of(self.config, self.data, self.step)
             save_result(self.pipe, self.config, self.folder, facts, main=self._main)
         self.accelerator.wait_for_everyone()

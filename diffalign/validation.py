@@ -15,7 +15,7 @@ from diffalign.cache import Cache
 from diffalign.config import RunConfig
 from diffalign.distributed import gathered_rows, in_turns, own_rows
 from diffalign.generation import sample_latents
-from diffalign.methods.base import Method, Need, PairBatch, Run
+from diffalign.methods.base import Batch, Method, Need, Run
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled
@@ -30,7 +30,7 @@ log = logging.getLogger("diffalign")
 DrawSamples = Callable[[LatentPipeline, Path], dict[str, float]]
 
 
-def check_identity(config: RunConfig, method: Method, run: Run, batch: PairBatch) -> None:
+def check_identity(config: RunConfig, method: Method, run: Run, batch: Batch) -> None:
     """Policy and reference are the same weights before the first step: they must say the same, to the bit in fp32.
 
     Compiled they are two programs, which round differently. Skipped, and said so, with `init_lora` or another reference
@@ -61,7 +61,7 @@ def check_identity(config: RunConfig, method: Method, run: Run, batch: PairBatch
 
 
 def held_out_metrics(
-    method: Method, run_of: Callable[[int], Run], batches: Iterable[PairBatch], accelerator: Accelerator
+    method: Method, run_of: Callable[[int], Run], batches: Iterable[Batch], accelerator: Accelerator
 ) -> dict[str, float]:
     """`validation/...` means of the loss and its metrics over held-out batches, which the ranks deal out.
 
@@ -75,6 +75,25 @@ def held_out_metrics(
             if counts:
                 averages.add({"loss": loss.value, **loss.metrics}, loss.time)
     return {f"validation/{name}": value for name, value in averages.pop(gather_object).items()}
+
+
+def logits(method: Method, run_of: Callable[[int], Run], batches: Iterable[Batch], accelerator: Accelerator) -> Tensor:
+    """[N] h of every example of these batches, in order, on the CPU on every rank.
+
+    Raises:
+        ValueError: a method that has no logit.
+    """
+    own: dict[int, Tensor] = {}
+    for number, batch, counts in in_turns(batches, accelerator):
+        run = run_of(number)
+        found = [method.loss(run, noised).metrics.get("h") for noised in method.prepare(run, batch)]
+        values = [h.float().cpu() for h in found if h is not None]
+        if not values:
+            raise ValueError("selection: margin goes by the logit h of pairs, and this method has none")
+        if counts:
+            own[number] = torch.stack(values).mean(0)
+    parts = {number: h for some in gather_object([own]) for number, h in some.items()}
+    return torch.cat([parts[number] for number in sorted(parts)])
 
 
 def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:

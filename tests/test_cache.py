@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffalign import shards as shards_module
 from diffalign.cache import Cache
-from diffalign.data.pairs import Pair, load_pairs
+from diffalign.data.examples import Example, load_examples
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.shards import Shards
@@ -35,9 +35,9 @@ def pipe() -> LatentPipeline:
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> tuple[Pair, ...]:
+def pairs(tmp_path: Path) -> tuple[Example, ...]:
     (tmp_path / "data").mkdir()
-    return load_pairs({**toy_pairs.write("pickapic", tmp_path / "data", 4), "val_fraction": 0}, 32).train
+    return load_examples({**toy_pairs.write("pickapic", tmp_path / "data", 4), "val_fraction": 0}, 32).train
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def counted(pipe: LatentPipeline, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     return counts
 
 
-def fill(root: Path, pipe: LatentPipeline, pairs: Sequence[Pair]) -> Cache:
+def fill(root: Path, pipe: LatentPipeline, pairs: Sequence[Example]) -> Cache:
     cache = Cache(root, pipe)
     cache.fill(pipe, pairs, PROMPTS, 2, lambda *_: None)
     return cache
 
 
-def same(a: Cache, b: Cache, pairs: Sequence[Pair]) -> bool:
+def same(a: Cache, b: Cache, pairs: Sequence[Example]) -> bool:
     for pair in pairs:
         for left, right in zip(a.moments(pair), b.moments(pair), strict=True):
             if not all(torch.equal(left[name], right[name]) for name in ("mean", "logvar")):
@@ -88,7 +88,9 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
 
 
-def test_what_comes_out_is_what_the_model_gave(tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...]) -> None:
+def test_what_comes_out_is_what_the_model_gave(
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...]
+) -> None:
     cache = fill(tmp_path / "cache", pipe, pairs)
     for start in (0, 2):  # the batches of the cache, so that sums run in the same order
         some = pairs[start : start + 2]
@@ -103,7 +105,7 @@ def test_what_comes_out_is_what_the_model_gave(tmp_path: Path, pipe: LatentPipel
 
 
 def test_nothing_is_computed_twice(
-    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...], counted: dict[str, int]
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...], counted: dict[str, int]
 ) -> None:
     fill(tmp_path / "cache", pipe, pairs)
     assert counted == {"pictures": 8, "prompts": 6}
@@ -113,19 +115,19 @@ def test_nothing_is_computed_twice(
 
 
 def test_another_view_is_computed_anew(
-    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...], counted: dict[str, int]
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...], counted: dict[str, int]
 ) -> None:
     fill(tmp_path / "cache", pipe, pairs[:1])
     before = dict(counted)
-    changes = ({"flip": True}, {"crop": (0.0, 0.5)}, {"size": (16, 32)})
-    others = [replace(pairs[0], view=replace(pairs[0].view, **change)) for change in changes]  # type: ignore[arg-type]
+    changes = ({"flip": True}, {"place": (0.0, 0.5)}, {"size": (16, 32)})
+    others = [replace(pairs[0], crop=replace(pairs[0].crop, **change)) for change in changes]  # type: ignore[arg-type]
     cache = fill(tmp_path / "cache", pipe, others)
     assert counted == {"pictures": before["pictures"] + 6, "prompts": before["prompts"]}
     assert cache.moments(others[2])[0]["mean"].shape[-2:] == (4, 8)
     assert not torch.equal(cache.moments(others[0])[0]["mean"], cache.moments(pairs[0])[0]["mean"])
 
 
-def test_another_model_has_its_own_files(tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...]) -> None:
+def test_another_model_has_its_own_files(tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...]) -> None:
     fill(tmp_path / "cache", pipe, pairs)
     other = Cache(tmp_path / "cache", load_pipeline(str(stable_diffusion(seed=1))))
     with pytest.raises(ValueError, match="not in the cache"):
@@ -136,7 +138,7 @@ def test_another_model_has_its_own_files(tmp_path: Path, pipe: LatentPipeline, p
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut])
 def test_a_damaged_shard_is_set_aside_and_computed_again(
-    damage: object, tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...]
+    damage: object, tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...]
 ) -> None:
     whole = fill(tmp_path / "whole", pipe, pairs)
     fill(tmp_path / "cache", pipe, pairs)
@@ -147,7 +149,7 @@ def test_a_damaged_shard_is_set_aside_and_computed_again(
 
 
 def test_damage_after_the_fill_is_an_error_and_no_wrong_latent(
-    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...]
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...]
 ) -> None:
     cache = fill(tmp_path / "cache", pipe, pairs)
     flip_a_byte(shards(tmp_path / "cache")[0])
@@ -157,7 +159,7 @@ def test_damage_after_the_fill_is_an_error_and_no_wrong_latent(
 
 
 def test_a_full_disk_leaves_nothing_half_and_says_what_to_do(
-    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fill(tmp_path / "whole", pipe, pairs)
     fill(tmp_path / "cache", pipe, pairs[:2])
@@ -175,7 +177,7 @@ def test_a_full_disk_leaves_nothing_half_and_says_what_to_do(
 
 
 def test_an_interrupt_keeps_what_was_computed(
-    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Pair, ...], counted: dict[str, int]
+    tmp_path: Path, pipe: LatentPipeline, pairs: tuple[Example, ...], counted: dict[str, int]
 ) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what == "pairs":
@@ -218,10 +220,10 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from diffalign.cache import Cache
-from diffalign.data.pairs import load_pairs
+from diffalign.data.examples import load_examples
 from diffalign.pipelines import load_pipeline
 model, data, root = sys.argv[1:]
-pairs = load_pairs({"name": "pickapic", "path": data, "val_fraction": 0}, 32).train
+pairs = load_examples({"name": "pickapic", "path": data, "val_fraction": 0}, 32).train
 pipe = load_pipeline(model)
 cache = Cache(Path(root), pipe, flush_seconds=0)
 cache.fill(pipe, pairs, [""], 1, lambda *_: time.sleep(0.2))
@@ -234,7 +236,7 @@ def test_a_kill_midway_costs_only_what_was_not_written(
 ) -> None:
     toy_pairs.write("pickapic", tmp_path, 24)
     data, root = tmp_path / "pairs.parquet", tmp_path / "cache"
-    pairs = load_pairs({"name": "pickapic", "path": str(data), "val_fraction": 0}, 32).train
+    pairs = load_examples({"name": "pickapic", "path": str(data), "val_fraction": 0}, 32).train
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(stable_diffusion()), str(data), str(root)])
     try:
         deadline = time.monotonic() + 240

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.config import RunConfig, load_config, packaged_configs
-from diffalign.data.options import PairOptions
+from diffalign.data.options import DataOptions
 from diffalign.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_the_defaults_of_single_numbers_are_those_of_the_code():
 
 def test_the_keys_of_every_data_layout_are_listed():
     keys = [cells[0].strip("`") for cells in rows(TRAINING, "Every data layout")]
-    assert keys == [field.name for field in dataclasses.fields(PairOptions)]
+    assert keys == [field.name for field in dataclasses.fields(DataOptions)]
 
 
 def test_the_readme_has_a_row_for_each_method_with_files_that_exist():

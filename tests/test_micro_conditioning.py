@@ -18,8 +18,8 @@ from torch import Tensor
 from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.data import images
+from diffalign.data.examples import load_examples
 from diffalign.data.images import frame, resize_and_crop
-from diffalign.data.pairs import load_pairs
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME
 from diffalign.trainer import train
@@ -82,12 +82,12 @@ def test_frames_are_those_of_the_training_scripts_of_diffusers() -> None:
 def batches(family: str, tmp_path: Path, **framing: Any) -> Batches:
     """All of `SIZES`, the last ones held out."""
     section = {**write(tmp_path / "data", SIZES), "val_fraction": 0.5}
-    pairs = load_pairs(section, 32, **framing)
+    pairs = load_examples(section, 32, **framing)
     pipe = load_pipeline(FAMILIES[family]())
     cache = Cache(tmp_path / "cache", pipe)
     cache.fill(pipe, [*pairs.train, *pairs.validation], [""], 4, lambda *_: None)
     pipe.release()
-    return Batches(cache, pairs.train, pairs.validation, 2, 2, 0, pipe.frame_condition)
+    return Batches(cache, pairs.train, pairs.validation, 2, 2, 0, pipe.latent_shape, pipe.frame_condition)
 
 
 def expected_ids(pairs: Any) -> list[list[float]]:
@@ -96,8 +96,8 @@ def expected_ids(pairs: Any) -> list[list[float]]:
         height, width = SIZES[int(pair.prompt.removeprefix("picture "))]
         scale = 32 / min(height, width)
         high, wide = round(height * scale) - 32, round(width * scale) - 32
-        top, left = round(high * pair.view.crop[0]), round(wide * pair.view.crop[1])
-        rows.append([height, width, top, wide - left if pair.view.flip else left, 32, 32])
+        top, left = round(high * pair.crop.place[0]), round(wide * pair.crop.place[1])
+        rows.append([height, width, top, wide - left if pair.crop.flip else left, 32, 32])
     return rows
 
 
@@ -107,7 +107,7 @@ def test_a_batch_tells_the_winners_size_and_crop_also_to_a_pair_without_prompt(
 ) -> None:
     made = batches("sdxl", tmp_path, **framing)
     assert len(made.train) == len(made.validation) == 2
-    assert not framing or len({pair.view.crop for pair in (*made.train, *made.validation)}) == 4
+    assert not framing or len({pair.crop.place for pair in (*made.train, *made.validation)}) == 4
     for dropout in (0.0, 1.0):
         found = made.batch(0, torch.Generator().manual_seed(0), dropout, torch.device("cpu"))
         ids = found.condition["time_ids"]
@@ -140,7 +140,7 @@ def test_the_size_of_a_picture_is_the_upright_one_and_the_key_of_its_latent_does
     Image.new("RGB", (60, 20)).save(buffer, "JPEG", exif=exif)
     section = write(tmp_path / "data", [(40, 40)])
     (tmp_path / "data" / "0w.png").write_bytes(buffer.getvalue())
-    [pair] = load_pairs({**section, "val_fraction": 0}, 32).train
+    [pair] = load_examples({**section, "val_fraction": 0}, 32).train
     assert pair.sources[0].size == (60, 20) and pair.frame.original == (60, 20)
     key = f"{pair.sources[0].sha256} 32x32 crop 0.5,0.5 flip 0"  # what caches of older versions are keyed by
     assert pair.cache_keys()[0] == key
@@ -187,11 +187,11 @@ def test_of_whole_pictures_of_their_own_size_both_settings_say_the_same_and_else
 
 
 def test_pictures_that_are_enlarged_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_pairs(write(tmp_path / "data", SIZES), 32)
+    load_examples(write(tmp_path / "data", SIZES), 32)
     assert (
         "1 of 8 pictures are smaller than the crop and are enlarged" in caplog.text
         and "24 x 20 for 32 x 32" in caplog.text
     )
     caplog.clear()
-    load_pairs(write(tmp_path / "data", SIZES[:3]), 32)
+    load_examples(write(tmp_path / "data", SIZES[:3]), 32)
     assert "enlarged" not in caplog.text

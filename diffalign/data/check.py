@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from diffalign.data import DATASETS
-from diffalign.data.pairs import checked
+from diffalign.data.examples import checked
 from diffalign.data.pickapic import SHIPPED
 from diffalign.data.records import BrokenRow
 from diffalign.data.webdataset import SUFFIXES as SHARDS

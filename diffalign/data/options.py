@@ -15,7 +15,7 @@ RANKINGS = ("best_worst", "all")
 
 
 @dataclass(frozen=True)
-class PairOptions:
+class DataOptions:
     """Keys of a `data` section that every row of DATASETS has, beside the keywords of its reader."""
 
     tie: str = "drop"  # drop | half (label 1/2) | random (a coin, by split_seed)
@@ -53,18 +53,18 @@ class Framing:
     seed: int = 0
 
 
-def parse_section(section: Mapping[str, Any]) -> tuple[PairOptions, dict[str, Any]]:
+def parse_section(section: Mapping[str, Any]) -> tuple[DataOptions, dict[str, Any]]:
     """The options that all data sets share, and the rest: the section of the reader.
 
     Raises:
         ValueError: an unknown name or key, with the nearest one, or a value of the wrong type.
     """
     name, keywords = split_section(section, "data")
-    shared = [field.name for field in fields(PairOptions)]
+    shared = [field.name for field in fields(DataOptions)]
     own = list(inspect.signature(resolve(DATASETS, name, "data")).parameters)
     for key in keywords:
         if key not in (*own, *shared):
             raise unknown(f"key of data {name!r}", key, [*own, *shared])
-    hints = get_type_hints(PairOptions)
+    hints = get_type_hints(DataOptions)
     given = {key: coerce(keywords[key], hints[key], f"data.{key}") for key in shared if key in keywords}
-    return PairOptions(**given), {"name": name, **{key: v for key, v in keywords.items() if key not in shared}}
+    return DataOptions(**given), {"name": name, **{key: v for key, v in keywords.items() if key not in shared}}

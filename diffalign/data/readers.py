@@ -24,8 +24,10 @@ def read_jsonl(path: str) -> Iterator[Row]:
     {"prompt": ..., "chosen": "a.png", "rejected": "b.png"}                        winner and loser
     {"prompt": ..., "image_0": "a.png", "image_1": "b.png", "label_0": 1}          1, 0, or 0.5 for a tie
     {"prompt": ..., "images": ["a.png", "b.png", "c.png"], "scores": [3, 1, 2]}    a ranking, higher is better
+    {"prompt": ..., "image": "a.png", "liked": true}                               a thumb: true or false
+    {"prompt": ...}                                                                a prompt to draw from
 
-    "caption" may stand for "prompt"; "user", "prompt_loser" and "segments" are optional.
+    "caption" may stand for "prompt"; "user", "prompt_loser", "segments" and "regions" are optional.
 
     Args:
         path: the file, or a folder with metadata.jsonl or with a single .jsonl file.
@@ -71,6 +73,7 @@ def _jsonl_record(row: dict[str, Any], folder: Path, source: str) -> Row:
         user=None if row.get("user") is None else str(row["user"]),
         prompt_loser=row.get("prompt_loser"),
         segments=row.get("segments"),
+        regions=row.get("regions"),
     )
 
 
@@ -81,10 +84,21 @@ def _jsonl_ranking(row: Mapping[str, Any]) -> tuple[list[str], list[float]]:
         names, scores = [row["image_0"], row["image_1"]], list(label_scores(row["label_0"]))
     elif "images" in row and "scores" in row:
         names, scores = row["images"], row["scores"]
+    elif "image" in row and "liked" in row:
+        names, scores = [row["image"]], [_liked(row["liked"])]
+    elif "prompt" in row and not any(key.startswith(("image", "chosen", "rejected")) for key in row):
+        names, scores = [], []
     else:
-        raise ValueError(f"expected chosen and rejected, or image_0, image_1 and label_0, or images and scores; found "
-                         f"the keys {', '.join(sorted(row)) or 'none'}")  # fmt: skip
+        raise ValueError(f"expected chosen and rejected, or image_0, image_1 and label_0, or images and scores, "
+                         f"or image and liked, or a prompt alone; found the keys "
+                         f"{', '.join(sorted(row)) or 'none'}")  # fmt: skip
     return _texts(names), _numbers(scores)
+
+
+def _liked(value: object) -> float:
+    if value not in (True, False):
+        raise ValueError(f"expected liked to be true or false, got {value!r}")
+    return float(bool(value))
 
 
 def read_folders(path: str, caption: str | None = None) -> Iterator[Row]:

@@ -93,17 +93,20 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One prompt, two or more pictures (or clips) of it, and what was preferred.
+    """One prompt, its pictures (or clips), and what was preferred.
+
+    A single picture is liked (1) or disliked (0); without any it is a prompt to draw from.
 
     Attributes:
         scores: one per image, finite, higher is better; equal scores are a tie. A label of 1 against 0 is (1.0, 0.0).
         source: where the row came from, for messages: "train.parquet row 17".
         user: who preferred (personalization).
         prompt_loser: the loser's own caption, when the members of a pair have two (DCPO).
-        segments: one label in {-1, 0, 1} per temporal segment of a clip pair (DenseDPO).
+        segments: one label in {-1, 0, 1} per temporal segment of a clip pair (DenseDPO): 1 where the first is better.
+        regions: rows of such labels, a coarse map over a pair of pictures: 1 where the first is better.
 
     Raises:
-        ValueError: an empty caption, fewer than two images, a missing or non-finite score, another segment label.
+        ValueError: an empty caption, a missing or non-finite score, another segment label.
     """
 
     prompt: str
@@ -113,24 +116,29 @@ class PreferenceRecord:
     user: str | None = None
     prompt_loser: str | None = None
     segments: tuple[int, ...] | None = None
+    regions: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("the caption is empty")
         if self.prompt_loser is not None and not self.prompt_loser.strip():
             raise ValueError("prompt_loser is empty: give it a text, or leave it out")
-        if len(self.images) < 2 or len(self.images) != len(self.scores):
-            raise ValueError(f"expected two or more images with a score each, got {len(self.images)} and "
+        if len(self.images) != len(self.scores):
+            raise ValueError(f"expected images with a score each, got {len(self.images)} and "
                              f"{len(self.scores)}")  # fmt: skip
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"expected finite scores, got {list(self.scores)}")
         if self.segments is not None and not set(self.segments) <= {-1, 0, 1}:
             raise ValueError(f"expected segment labels of -1, 0 or 1, got {list(self.segments)}")
+        if self.regions is not None and (
+            len({len(row) for row in self.regions}) != 1 or not {s for row in self.regions for s in row} <= {-1, 0, 1}
+        ):
+            raise ValueError(f"expected regions as rows of equal length of -1, 0 and 1, got {self.regions}")
 
     @property
     def tie(self) -> bool:
         """Whether best and worst are equally good."""
-        return max(self.scores) == min(self.scores)
+        return len(self.scores) > 1 and max(self.scores) == min(self.scores)
 
     def winner_loser(self) -> tuple[ImageSource, ImageSource]:
         """The best and the worst picture; for a tie the first and the last."""
@@ -170,6 +178,7 @@ def make_record(
     user: str | None = None,
     prompt_loser: object = None,
     segments: object = None,
+    regions: object = None,
 ) -> Row:
     """A record of values as they come out of a file, or the `BrokenRow` that says what is wrong with them."""
     if not isinstance(prompt, str):
@@ -178,10 +187,13 @@ def make_record(
         return BrokenRow(source, f"expected prompt_loser as text, got {prompt_loser!r}")
     if segments is not None and not (isinstance(segments, list) and all(type(label) is int for label in segments)):
         return BrokenRow(source, f"expected segments as a list of -1, 0 and 1, got {segments!r}")
+    if regions is not None and not (isinstance(regions, list) and all(isinstance(row, list) for row in regions)):
+        return BrokenRow(source, f"expected regions as a list of rows of -1, 0 and 1, got {regions!r}")
     labels = None if segments is None else tuple(segments)  # type: ignore[arg-type]
+    areas = None if regions is None else tuple(tuple(row) for row in regions)  # type: ignore[attr-defined]
     try:
         return PreferenceRecord(prompt.strip(), tuple(images), tuple(scores), source, user=user,
-                                prompt_loser=prompt_loser, segments=labels)  # fmt: skip
+                                prompt_loser=prompt_loser, segments=labels, regions=areas)  # fmt: skip
     except ValueError as error:
         return BrokenRow(source, str(error))
 

@@ -7,7 +7,7 @@ A method is a frozen dataclass of hyper-parameters with `prepare` (no gradient: 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -17,12 +17,13 @@ from torch import Tensor
 from diffalign.losses import squared_error
 from diffalign.process import NoiseProcess, moved, target
 from diffalign.sampling import Condition, Policy, concatenate
+from diffalign.table import Section
 
 
 class Need(enum.Enum):
     """What a method cannot run without; the trainer refuses a bad combination before anything loads."""
 
-    PAIRS = "preference pairs (data)"
+    PAIRS = "preference data (data)"
     PROMPTS = "prompts"
     REWARD = "a reward"
     REWARD_GRADIENT = "a reward with gradients"
@@ -31,33 +32,93 @@ class Need(enum.Enum):
     STOCHASTIC_SAMPLER = "a stochastic sampler"
 
 
+Score = Callable[[Tensor, Sequence[str]], Tensor]  # (latents [B, ...], B prompts) -> [B]
+
+
+def no_times(steps: int) -> Tensor:
+    """Of a run that draws no pictures."""
+    raise ValueError("this run has no sampling times: a method that draws pictures needs Run.times")
+
+
+def no_reward(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Of a run without a reward."""
+    raise ValueError("this run has no reward: a method that scores what it draws needs Run.score")
+
+
 @dataclass(frozen=True)
 class Run:
-    """What a method is given: two policies of one type, the process, and the step's own generator (on the CPU)."""
+    """What a method is given: two policies of one type, the process, and the step's own generator (on the CPU).
+
+    Attributes:
+        times: steps -> [steps + 1] times from noise to picture, for methods that sample or invert.
+        score: (latents [B, ...], B prompts) -> [B], the run's reward of the decoded pictures.
+        mean: the mean over all ranks of a scalar tensor, for baselines that are of the whole batch.
+        step: how many optimizer steps are done.
+    """
 
     policy: Policy
     reference: Policy | None
     process: NoiseProcess
     parametrization: str
     generator: torch.Generator
+    times: Callable[[int], Tensor] = no_times
+    score: Score = no_reward
+    mean: Callable[[Tensor], Tensor] = lambda value: value
+    step: int = 0
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """B preference pairs: latents [B, ...], one condition for both members, and P(the winner is the better one) [B]."""
+class Batch:
+    """B examples of K pictures each, best first: pairs have K = 2, winners and thumbs 1, lists more.
 
-    winner: Tensor
-    loser: Tensor
-    condition: Condition
+    Attributes:
+        members: K latents [B, ...]; none where there are prompts alone.
+        conditions: K conditions, one of each member; of most views one and the same.
+        label: [B] P(the first member is better than the second); of a thumb 1 liked, 0 disliked.
+        scores: [B, K] of the record, higher is better.
+        negative: the empty prompt's condition [B, ...], for guidance, where the batch has one.
+        signs: [B, S] of clip segments or [B, H, W] of regions: 1 where the first member is better, -1, or 0 for a tie.
+        prompts: B texts, where methods score pictures.
+        shape: of one latent, where there are no members to see it from.
+    """
+
+    members: tuple[Tensor, ...]
+    conditions: tuple[Condition, ...]
     label: Tensor
+    scores: Tensor
+    negative: Condition = field(default_factory=dict)
+    signs: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    @property
+    def winner(self) -> Tensor:
+        """[B, ...]: the best of each example."""
+        return self.members[0]
+
+    @property
+    def loser(self) -> Tensor:
+        """[B, ...]: the worst of each example."""
+        return self.members[-1]
+
+    @property
+    def condition(self) -> Condition:
+        """Of the winner."""
+        return self.conditions[0]
+
+
+def pair_batch(winner: Tensor, loser: Tensor, condition: Condition, label: Tensor) -> Batch:
+    """Pairs [B, ...] under one condition; scores are what the label says."""
+    return Batch((winner, loser), (condition, condition), label, torch.stack([label, 1 - label], 1))
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Samples at a time: x_t, the target y, both [N, ...], t [N], the condition, and label [B] as in `PairBatch`.
+    """Samples at a time: x_t, the target y, both [N, ...], t [N], the condition, and label [B] as in `Batch`.
 
-    For pairs N = 2B: all winners, then all losers. `reference_errors` [N], where they are known from an earlier pass
+    N = K B: all first members, then all second ones. `reference_errors` [N], where they are known from an earlier pass
     over these very samples, spare the reference's pass: same kernels, precision and batch shape, or the logit is noise.
+    `aux` is what `prepare` leaves for `loss`, each [B, ...].
     """
 
     x_t: Tensor
@@ -66,6 +127,7 @@ class Noised:
     condition: Condition
     label: Tensor
     reference_errors: Tensor | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +144,12 @@ class Method(Protocol):
 
     needs: ClassVar[frozenset[Need]]
 
-    def prepare(self, run: Run, batch: PairBatch) -> Sequence[Noised]:
+    @property
+    def view(self) -> Section:
+        """What a record is to this method: a row of `diffalign.data.views.VIEWS`."""
+        ...
+
+    def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         """Microbatches to take the loss of, made under no_grad."""
         ...
 
@@ -91,25 +158,37 @@ class Method(Protocol):
         ...
 
 
-def noise_together(
-    run: Run, members: Sequence[Tensor], condition: Condition, label: Tensor, time_range: tuple[float, float]
-) -> Noised:
-    """Noises several latents [B, ...] of the same prompts with one t and one eps per row, shared by all members.
+def noise_together(run: Run, batch: Batch, time_range: tuple[float, float] = (0.0, 1.0), count: int = 0) -> Noised:
+    """Noises the first `count` members (0: all) with one t and one eps per row, shared by all members.
 
     Sharing t and eps is variance reduction: what differs between winner and loser is then only the picture.
     """
+    members, conditions = batch.members[: count or None], batch.conditions[: count or None]
     first = members[0]
-    count, device = len(first), first.device
-    t = moved(run.process.training_times(count, run.generator, *time_range), device)
-    eps = moved(torch.randn(first.shape, generator=run.generator), device)
-    x0 = torch.cat([m.float() for m in members])
-    t, eps = t.repeat(len(members)), eps.repeat(len(members), *[1] * (eps.ndim - 1))
+    t = moved(run.process.training_times(len(first), run.generator, *time_range), first.device)
+    eps = moved(torch.randn(first.shape, generator=run.generator), first.device)
+    return noised_at(run, members, conditions, batch.label, t, [eps] * len(members))
+
+
+def noised_at(
+    run: Run,
+    members: Sequence[Tensor],
+    conditions: Sequence[Condition],
+    label: Tensor,
+    t: Tensor,
+    noises: Sequence[Tensor],
+    aux: dict[str, Tensor] | None = None,
+) -> Noised:
+    """K members [B, ...] at times t [B], each with its own eps [B, ...], one below the other."""
+    x0, eps = torch.cat([m.float() for m in members]), torch.cat(list(noises))
+    t = t.repeat(len(members))
     return Noised(
         x_t=run.process.add_noise(x0, eps, t),
         y=target(run.parametrization, x0, eps, *run.process.coefficients(t)),
         t=t,
-        condition=concatenate(*[condition] * len(members)),
+        condition=concatenate(*conditions),
         label=label,
+        aux=aux or {},
     )
 
 
@@ -126,7 +205,16 @@ def reference_errors(run: Run, batch: Noised) -> Tensor:
     Raises:
         ValueError: the run has no reference.
     """
+    return squared_error(reference_of(run)(batch.x_t, batch.t, batch.condition), batch.y)
+
+
+def reference_of(run: Run) -> Policy:
+    """The reference.
+
+    Raises:
+        ValueError: the run has none.
+    """
     if run.reference is None:
         raise ValueError("this method compares the policy with a reference, and the run has none; "
                          "set reference: {name: adapter_off} or {name: frozen_copy}")  # fmt: skip
-    return squared_error(run.reference(batch.x_t, batch.t, batch.condition), batch.y)
+    return run.reference

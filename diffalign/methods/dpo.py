@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffalign.losses import LINKS, NEEDS_SMOOTHING, log_ratio
-from diffalign.methods.base import Loss, Need, Noised, PairBatch, Run, errors, noise_together
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
 from diffalign.process import time_weight
 
 SATURATED = 5.0  # |h| beyond which a pair gives almost no gradient
@@ -46,6 +46,7 @@ class DPO:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS, Need.REFERENCE})
+    view: ClassVar[str] = "pairs"
 
     beta: float = 5000.0
     link: str = "sigmoid"
@@ -69,9 +70,8 @@ class DPO:
             raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
                              f"got {self.time_low}, {self.time_high}")  # fmt: skip
 
-    def prepare(self, run: Run, batch: PairBatch) -> Sequence[Noised]:
-        members = (batch.winner, batch.loser)
-        return [noise_together(run, members, batch.condition, batch.label, (self.time_low, self.time_high))]
+    def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
+        return [noise_together(run, batch, (self.time_low, self.time_high))]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         m, r = errors(run, batch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffalign.losses import squared_error
-from diffalign.methods.base import Loss, Need, Noised, PairBatch, Run, noise_together
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
 from diffalign.process import time_weight
 
 
@@ -26,13 +26,14 @@ class SFT:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS})
+    view: ClassVar[str] = "winners"
 
     timestep_weight: str = "native"
     time_low: float = 0.0
     time_high: float = 1.0
 
-    def prepare(self, run: Run, batch: PairBatch) -> Sequence[Noised]:
-        return [noise_together(run, (batch.winner,), batch.condition, batch.label, (self.time_low, self.time_high))]
+    def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
+        return [noise_together(run, batch, (self.time_low, self.time_high), count=1)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         m = squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y)

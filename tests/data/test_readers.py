@@ -20,9 +20,9 @@ from PIL import Image
 from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.data import DATASETS
-from diffalign.data import pairs as pairs_module
+from diffalign.data import examples as pairs_module
 from diffalign.data.check import sniff
-from diffalign.data.pairs import Pairs, load_pairs
+from diffalign.data.examples import Examples, load_examples
 from diffalign.data.records import BrokenRow, PreferenceRecord, Row
 from diffalign.pipelines import load_pipeline
 from diffalign.table import build
@@ -30,17 +30,17 @@ from diffalign.table import build
 COUNT = 6
 
 
-def load(folder: Path, layout: str, count: int = COUNT) -> Pairs:
+def load(folder: Path, layout: str, count: int = COUNT) -> Examples:
     folder.mkdir()
-    return load_pairs({**toy_pairs.write(layout, folder, count), "val_fraction": 0}, 32)
+    return load_examples({**toy_pairs.write(layout, folder, count), "val_fraction": 0}, 32)
 
 
 def read(name: str, path: Path, **keywords: Any) -> list[Row]:
     return list(build(DATASETS, {"name": name, "path": str(path), **keywords}, what="data"))
 
 
-def usable(name: str, path: Path) -> Pairs:
-    return load_pairs({"name": name, "path": str(path), "val_fraction": 0}, 32)
+def usable(name: str, path: Path) -> Examples:
+    return load_examples({"name": name, "path": str(path), "val_fraction": 0}, 32)
 
 
 def gif() -> bytes:
@@ -74,7 +74,7 @@ def test_every_layout_gives_the_same_batches(tmp_path: Path) -> None:
         pairs = load(tmp_path / layout, layout, 4)
         cache = Cache(tmp_path / f"cache-{layout}", pipe)
         cache.fill(pipe, pairs.train, [""], 2, lambda *_: None)
-        batches = Batches(cache, pairs.train, pairs.validation, 2, 2, seed=3)
+        batches = Batches(cache, pairs.train, pairs.validation, 2, 2, seed=3, latent_shape=pipe.latent_shape)
         found.append(batches.batch(1, torch.Generator().manual_seed(0), 0.5, torch.device("cpu")))
     for batch in found[1:]:
         for name in ("winner", "loser", "label"):
@@ -112,7 +112,7 @@ def test_a_row_with_a_broken_picture_is_dropped_whole_and_named(kind: str, side:
     damage, reason = BROKEN_PICTURES[kind]
     section = toy_pairs.write("jsonl", tmp_path, 4)
     damage(tmp_path / f"1{side}.png")
-    pairs = load_pairs({**section, "val_fraction": 0}, 32)
+    pairs = load_examples({**section, "val_fraction": 0}, 32)
     [row] = pairs.broken
     assert row.source == "metadata.jsonl line 2" and reason in row.reason
     assert "1 broken rows dropped, the first metadata.jsonl line 2" in pairs.summary()
@@ -136,7 +136,8 @@ def test_a_broken_picture_in_parquet_shifts_nothing(tmp_path: Path) -> None:
 BAD_LINES: dict[str, tuple[str, str]] = {
     "not JSON": ('{"prompt": "a', "not JSON"),
     "a list": ("[1, 2]", "expected an object, got list"),
-    "no pictures": ('{"prompt": "a"}', "expected chosen and rejected"),
+    "no pictures": ('{"prompt": "a", "image_0": "a.png"}', "expected chosen and rejected"),
+    "liked by half": ('{"prompt": "a", "image": "0a.png", "liked": 0.5}', "liked to be true or false"),
     "empty caption": ('{"prompt": " ", "chosen": "0w.png", "rejected": "0l.png"}', "caption is empty"),
     "no caption": ('{"chosen": "0w.png", "rejected": "0l.png"}', "caption"),
     "caption of a number": ('{"prompt": 3, "chosen": "0w.png", "rejected": "0l.png"}', "caption as text"),

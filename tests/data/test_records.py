@@ -26,7 +26,7 @@ RECORD = PreferenceRecord("a cat", PICTURES[:2], (1.0, 0.0), "row 1")
     ("changes", "reason"),
     [
         ({"prompt": " \n"}, "caption is empty"),
-        ({"images": PICTURES[:1], "scores": (1.0,)}, "two or more images"),
+        ({"images": PICTURES[:1], "scores": (1.0, 0.0)}, "images with a score each"),
         ({"scores": (1.0, 2.0, 3.0)}, "got 2 and 3"),
         ({"scores": (1.0, math.nan)}, "finite"),
         ({"scores": (math.inf, 0.0)}, "finite"),

@@ -7,7 +7,7 @@ import torch
 from toy import PROCESSES, ROWS, Denoiser
 
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method, Need, Noised, PairBatch, Run, reference_errors
+from diffalign.methods.base import Batch, Method, Need, Noised, Run, pair_batch, reference_errors
 from diffalign.sampling import Condition
 from diffalign.table import build
 
@@ -35,13 +35,13 @@ def networks(process: str, kind: str) -> tuple[Denoiser, Denoiser]:
     return tuple(Denoiser(PROCESSES[process], kind) for _ in range(2))  # type: ignore[return-value]
 
 
-def pairs(count: int, seed: int = 0, label: float = 1.0) -> PairBatch:
+def pairs(count: int, seed: int = 0, label: float = 1.0) -> Batch:
     """Winners around +1 and losers around -1 for prompt 0; the other way round for prompt 1."""
     g = torch.Generator().manual_seed(seed)
     prompt = torch.arange(count) % 2
     side = (1.0 - 2.0 * prompt).view(-1, 1)
     noise = torch.randn(2, count, 3, generator=g) * 0.3
-    return PairBatch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+    return pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
 
 
 def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
@@ -52,8 +52,9 @@ def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
     """One pair (or winner) of a microbatch."""
     picked = list(range(index, len(batch.t), pairs_in_batch))
     condition: Condition = {name: value[picked] for name, value in batch.condition.items()}
+    aux = {name: value[index : index + 1] for name, value in batch.aux.items()}
     return replace(batch, x_t=batch.x_t[picked], y=batch.y[picked], t=batch.t[picked], condition=condition,
-                   label=batch.label[index : index + 1])  # fmt: skip
+                   label=batch.label[index : index + 1], aux=aux)  # fmt: skip
 
 
 LEAST_MOVE = 0.02  # of each prompt's mean in forty steps, on the winners' side; a bounded link (IPO) stops early
@@ -136,7 +137,7 @@ def test_swapping_winner_and_loser_flips_the_logit() -> None:
     policy, reference = networks("vp", "epsilon")
     torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
     rule, batch = method("dpo"), pairs(4)
-    swapped = replace(batch, winner=batch.loser, loser=batch.winner)
+    swapped = replace(batch, members=batch.members[::-1])
     one, other = (
         rule.loss(run(policy, reference), rule.prepare(run(policy, reference), b)[0]) for b in (batch, swapped)
     )

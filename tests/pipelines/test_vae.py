@@ -16,7 +16,7 @@ from miniatures import stable_diffusion_xl
 from safetensors.torch import load_file, save_file
 
 from diffalign.cache import Cache
-from diffalign.data.pairs import load_pairs
+from diffalign.data.examples import load_examples
 from diffalign.pipelines import load_pipeline
 
 PIXELS = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_autocast_around_it_does_not_reach_into_the_vae(amp: torch.dtype) -> Non
 
 def test_a_latent_that_is_not_finite_never_enters_the_cache(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    pairs = load_pairs({**toy_pairs.write("pickapic", tmp_path / "data", 4), "val_fraction": 0}, 32).train
+    pairs = load_examples({**toy_pairs.write("pickapic", tmp_path / "data", 4), "val_fraction": 0}, 32).train
     pipe = load_pipeline(overflowing(False), dtype=torch.float16)
     cache = Cache(tmp_path / "cache", pipe)
     with pytest.raises(ValueError, match=r"latents that are not finite .* set mixed_precision: bf16"):

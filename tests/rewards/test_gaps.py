@@ -33,7 +33,9 @@ def test_the_stated_gaps_hold(name: str):
     least = 1e-6 * max(row["spread"], 1)
     for key in ("median", "most", "bfloat16", "float16"):
         assert getattr(found, key) <= SLACK * row[key] + least, key
-        assert row[key] < row["spread"] * LARGER.get((name, key), LARGEST) + least, f"{key}: so large a gap mixes up pictures"
+        assert row[key] < row["spread"] * LARGER.get((name, key), LARGEST) + least, (
+            f"{key}: so large a gap mixes up pictures"
+        )
     assert found.spread == pytest.approx(row["spread"], rel=0.1)
     assert found.aliased > 3 * (SLACK * row["most"] + least), "a resize without antialiasing would pass"
     assert found.aliased == pytest.approx(row["aliased"], rel=0.25)

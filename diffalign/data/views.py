@@ -1,0 +1,232 @@
+"""How a method looks at a record: as pairs, winners, lists, thumbs, or one picture under two captions.
+
+A view is a function from a record to the examples that a method trains on; `VIEWS` names them all. One record may give
+several examples, or none (a tie that is dropped). What a view cannot use is a ValueError, and the row is then dropped
+whole, counted and named.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffalign.data.images import Frame, bucket, frame, resize_and_crop
+from diffalign.data.options import DataOptions, Framing
+from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.table import Section, split_section, unknown
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How pictures become pixels; all of it is part of the cache key."""
+
+    size: tuple[int, int]  # (height, width)
+    place: tuple[float, float] = (0.5, 0.5)
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """K pictures of a record, best first, each under its prompt, all framed alike.
+
+    Attributes:
+        members: indices of record.images; the same one twice where one picture stands under two prompts.
+        prompts: one per member.
+        label: P(the first is better than the second): 1, or 1/2 for a tie. Of a thumb: 1 liked, 0 disliked.
+    """
+
+    record: PreferenceRecord
+    crop: Crop
+    members: tuple[int, ...]
+    prompts: tuple[str, ...]
+    label: float = 1.0
+
+    @property
+    def prompt(self) -> str:
+        """Of the record: what splits and groups go by, whatever captions the members have."""
+        return self.record.prompt
+
+    @property
+    def winner(self) -> int:
+        """Index of the best picture."""
+        return self.members[0]
+
+    @property
+    def loser(self) -> int:
+        """Index of the worst picture."""
+        return self.members[-1]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """The record's scores of the members."""
+        return tuple(self.record.scores[member] for member in self.members)
+
+    @property
+    def signs(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
+        """Labels of segments or regions, +1 where the first member is the better one."""
+        signs = self.record.segments if self.record.segments is not None else self.record.regions
+        if signs is None or self.members[0] < self.members[-1]:
+            return signs
+        return tuple(tuple(-s for s in row) if isinstance(row, tuple) else -row for row in signs)  # type: ignore[return-value]
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """Where the members' bytes are."""
+        return tuple(self.record.images[member] for member in self.members)
+
+    def cache_keys(self) -> tuple[str, ...]:
+        """Of each member: the file's bytes and the crop."""
+        (height, width), (vertical, horizontal) = self.crop.size, self.crop.place
+        framing = f"{height}x{width} crop {vertical!r},{horizontal!r} flip {self.crop.flip:d}"
+        return tuple(f"{source.sha256} {framing}" for source in self.sources)
+
+    @property
+    def frame(self) -> Frame:
+        """Of the winner. An example has one frame, and it is the winner that a policy is to say under it."""
+        if not self.members:
+            return frame(self.crop.size, self.crop.size, self.crop.place, self.crop.flip)
+        return frame(self.sources[0].size, self.crop.size, self.crop.place, self.crop.flip)
+
+    def pixels(self) -> tuple[Tensor, ...]:
+        """uint8 [3, H, W] of each member.
+
+        Raises:
+            ValueError: a picture that cannot be read; the example is to be dropped whole.
+        """
+        crop = self.crop
+        return tuple(
+            resize_and_crop(source.decode(self.record.source), crop.size, crop.place, crop.flip)
+            for source in self.sources
+        )
+
+
+View = Callable[[PreferenceRecord, DataOptions, Framing], list[Example]]
+
+
+def pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """Winner and loser under the record's prompt: of a ranking the best and the worst, or all pairs (data.ranking)."""
+    _several(record)
+    return _made(record, options, framing, record.comparisons(options.ranking))
+
+
+def captioned_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """Winner and loser, the loser under a caption of its own (DCPO)."""
+    if record.prompt_loser is None:
+        raise ValueError("the loser has no caption of its own: give prompt_loser, or l/<stem>.txt beside w/<stem>.txt")
+    return [
+        Example(e.record, e.crop, e.members, (record.prompt, record.prompt_loser), e.label)
+        for e in pairs(record, options, framing)
+    ]
+
+
+def winners(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """The best picture alone; that of a tie too where ties are kept, with label 1/2."""
+    _several(record, least=1)
+    if len(record.images) == 1:
+        return _thumb(record, framing, 0, 1.0) if record.scores[0] > 0 else []
+    return [Example(e.record, e.crop, e.members[:1], e.prompts[:1], e.label)
+            for e in _made(record, options, framing, record.comparisons("best_worst"))]  # fmt: skip
+
+
+def lists(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """All pictures of a prompt, best first; a list in which all are equal says nothing and gives none."""
+    _several(record)
+    if record.tie:
+        return []
+    order = tuple(sorted(range(len(record.scores)), key=lambda i: -record.scores[i]))
+    content = "/".join([record.prompt, *(record.images[i].sha256 for i in order)])
+    return [Example(record, _crop(record.images[order[0]], framing, options, content), order,
+                    (record.prompt,) * len(order))]  # fmt: skip
+
+
+def prompts_alone(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """The prompt, for methods that draw their own pictures; what pictures the record has is not looked at."""
+    return [Example(record, Crop((framing.resolution, framing.resolution)), (), (record.prompt,))]
+
+
+def thumbs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """Each picture alone, liked (1) or disliked (0): above or below the middle of its group's scores.
+
+    A single picture is liked if its score is above 0. One that lies in the middle gives nothing.
+    """
+    _several(record, least=1)
+    if len(record.images) == 1:
+        return _thumb(record, framing, 0, float(record.scores[0] > 0), options)
+    middle = statistics.median(record.scores)
+    found = []
+    for index, score in enumerate(record.scores):
+        if score != middle:
+            found += _thumb(record, framing, index, float(score > middle), options)
+    return found
+
+
+VIEWS: dict[str, View] = {
+    "pairs": pairs,
+    "captioned_pairs": captioned_pairs,
+    "winners": winners,
+    "lists": lists,
+    "thumbs": thumbs,
+    "prompts": prompts_alone,
+}
+
+
+def view_of(section: Section) -> View:
+    """The view that a method asks for, by name or as a section with keywords.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    name, keywords = split_section(section, "view")
+    if name not in VIEWS:
+        raise unknown("view", name, VIEWS)
+    return functools.partial(VIEWS[name], **keywords) if keywords else VIEWS[name]
+
+
+def _several(record: PreferenceRecord, least: int = 2) -> None:
+    if not record.images:
+        raise ValueError("a prompt alone: expected pictures of it (prompts alone are for methods that draw their own)")
+    if len(record.images) < least:
+        raise ValueError("one picture cannot be ranked: expected two or more of a prompt (a single liked or disliked "
+                         "picture is for kto, tkto, and for sft if it is liked)")  # fmt: skip
+
+
+def _thumb(
+    record: PreferenceRecord, framing: Framing, index: int, label: float, options: DataOptions | None = None
+) -> list[Example]:
+    image = record.images[index]
+    crop = _crop(image, framing, options or DataOptions(), f"{record.prompt}/{image.sha256}")
+    return [Example(record, crop, (index,), (record.prompt,), label)]
+
+
+def _made(
+    record: PreferenceRecord, options: DataOptions, framing: Framing, comparisons: Sequence[tuple[int, int]]
+) -> list[Example]:
+    made = []
+    for winner, loser in comparisons:
+        tie = record.scores[winner] == record.scores[loser]
+        if tie and options.tie == "drop":
+            continue
+        # draws follow from the content, not from the place in a file: every layout of the same pairs gives the same
+        content = f"{record.prompt}/{record.images[winner].sha256}/{record.images[loser].sha256}"
+        if tie and options.tie == "random" and random.Random(f"tie/{options.split_seed}/{content}").random() < 0.5:
+            winner, loser = loser, winner
+        label = 0.5 if tie and options.tie == "half" else 1.0
+        crop = _crop(record.images[winner], framing, options, content)
+        made.append(Example(record, crop, (winner, loser), (record.prompt,) * 2, label))
+    return made
+
+
+def _crop(first: ImageSource, framing: Framing, options: DataOptions, content: str) -> Crop:
+    """One for all members; with buckets the size is that of the first."""
+    size = (framing.resolution, framing.resolution)
+    if step := options.bucket_step:
+        height, width = first.size
+        size = bucket(width, height, framing.resolution, step)
+    rng = random.Random(f"view/{framing.seed}/{content}")
+    place, flip = (rng.random(), rng.random()), rng.random() < 0.5
+    return Crop(size, place if framing.random_crop else (0.5, 0.5), framing.random_flip and flip)
