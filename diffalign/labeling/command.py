@@ -13,7 +13,7 @@ import numpy as np
 
 from diffalign.arguments import Asked
 from diffalign.console import Result
-from diffalign.data.pairs import checked
+from diffalign.data.examples import checked
 from diffalign.data.records import BrokenRow, Row, make_record
 from diffalign.labeling.aggregate import AGGREGATES, NEED_POSITIVE, equal
 from diffalign.labeling.choose import Choice, choose
