@@ -5,8 +5,8 @@
     python -m benchmarks.league --page                                 # only the page, from the rows that are there
 
 Each model draws its own training pictures once (`league_data`), which the verifier ranks; a method sees them through
-its own view. A row trains one method with the settings of configs/tiny-sd/<method>.yaml for at most BUDGET evaluations of
-the network (policy, reference, sampling and inversion; a picture at a time is one, a backward pass is not counted),
+its own view. A row trains one method with the settings of configs/tiny-sd/<method>.yaml for at most BUDGET evaluations
+of the network (policy, reference, sampling and inversion; a picture at a time is one, a backward pass is not counted),
 then draws the held-out captions with and without the LoRA, from the same noise. Settings were never chosen on held-out
 captions. A finished row is one JSON file under docs/league/rows, with the hash of its config and code; it is not
 computed again unless one of them changes, or --again is given.

@@ -18,9 +18,9 @@ HEAD = """# The league
 
 Every method on every shipped model, with the same pictures and labels and at most 20,000 evaluations of the network.
 `make league` fills it in, `benchmarks/league.py` says how. Rates are of 540 held-out captions that no setting was
-chosen on; an interval is a bootstrap of 95 % over captions, where the mean of a caption's seeds is one value, and that of
-a gain is a paired one. "Learned" is tiny-clip, which can be fooled; "distance" is the root mean
-square difference from the base model's picture of the same noise, in [0, 1]. Time is of training alone, on the CPU.
+chosen on; an interval is a bootstrap of 95 % over captions, where the mean of a caption's seeds is one value, and that
+of a gain is a paired one. "Learned" is tiny-clip, which can be fooled; "distance" is the root mean square difference
+from the base model's picture of the same noise, in [0, 1]. Time is of training alone, on the CPU.
 
 """
 COLUMNS = (
