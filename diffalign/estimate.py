@@ -1,8 +1,8 @@
 """What a training run will take, before anything is downloaded: parameters, FLOPs, memory and time.
 
 The network is built on the meta device and one picture is passed through it, forward and backward; everything else is
-multiplication. What a method does besides one pass of policy and reference over its pictures (drawing, inverting) is not
-counted. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
+multiplication. What a method does besides one pass of policy and reference over its pictures (drawing, inverting) is
+not counted. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
 memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top.
 """
 
