@@ -29,13 +29,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report import BASELINE, CACHED_REFERENCE, Row, goals, report
-from benchmarks.measure import versions, write_json
+from benchmarks.measure import versions
 from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
 from benchmarks.steps import Ours, Recorded, Step, Subject, build_subject, random_cached
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import stock_warnings_off
 from diffalign.pipelines.compiling import compile_blocks
+from diffalign.writing import write_json
 
 RANK = 16
 PRINTED_RATE = 989e12  # FLOP/s of an H200: dense bf16, from the data sheet

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from diffalign.table import coerce, split_section, unknown
+from diffalign.writing import write_text
 
 PACKAGED = Path(__file__).resolve().parent / "configs"
 if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
@@ -240,9 +240,7 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 
 def dump(config: RunConfig, path: Path) -> None:
     """Writes the resolved config as YAML, in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:

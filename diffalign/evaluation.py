@@ -6,10 +6,7 @@ Scores are of the 8-bit pictures that are saved, by each reward's exact recipe, 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +28,7 @@ from diffalign.rewards.base import Reward, Weighted, each_prompt
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.scoring.batch import batches
 from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
+from diffalign.writing import replacing_folder, write_json
 
 ADAPTER = "evaluated"
 REPORT = "evaluation.json"
@@ -107,7 +105,7 @@ def evaluate(
         }
         report = settings | _summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
         if folder:
-            (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(folder / REPORT, report, allow_nan=False)
     return report
 
 
@@ -295,14 +293,8 @@ def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as partial:
         yield partial
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, numbers: Sequence[int]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import time
 from collections import defaultdict
@@ -38,6 +37,7 @@ from diffalign.shapes.train_common import Halved, cosine_lr, save_atomically, up
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_known, sides_loss, teach_sides
 from diffalign.shapes.verify import verify
 from diffalign.table import resolve
+from diffalign.writing import replacing
 
 MODELS: dict[str, Callable[[AutoencoderKL], Any]] = {
     "tiny-sd": tiny_sd.build,
@@ -187,9 +187,8 @@ class Trainer:
             save_atomically(Halved(pipe), self.args.out)
         modules = (self.modules, self.reader, self.optimizer)
         state = {"done": self.done, "modules": [m.state_dict() for m in modules], "average": self.average}
-        file = state_file(self.args.out)
-        torch.save(state, file.with_suffix(".partial"))
-        os.replace(file.with_suffix(".partial"), file)
+        with replacing(state_file(self.args.out)) as partial:
+            torch.save(state, partial)
 
     def resume(self) -> bool:
         """True when there was a state to go on from."""
