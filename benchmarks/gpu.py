@@ -33,6 +33,7 @@ from benchmarks.measure import versions
 from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
 from benchmarks.steps import Ours, Recorded, Step, Subject, build_subject, random_cached
+from diffalign.errors import first_line
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import stock_warnings_off
 from diffalign.pipelines.compiling import compile_blocks
@@ -223,7 +224,7 @@ def measured_row(variant: Variant, subject: Subject, encoders: Encoders | None, 
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except (RuntimeError, ValueError) as error:  # ValueError: an attention backend that is not there
-        return {"failed": str(error).splitlines()[0]}
+        return {"failed": first_line(error)}
     finally:
         subject.pipe.network.enable_adapters()  # a plain step that failed may have left them off
         for parameter in subject.parameters:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from diffalign.errors import first_line
 from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.checkpoints import check_keys, load_strictly, read_state
 from diffalign.rewards.mps_network import CrossModel, head_sizes
@@ -197,10 +198,9 @@ def _backbone(backbone: str) -> tuple[Any, Any]:
         config: Any = AutoConfig.from_pretrained(backbone)
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError, KeyError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"mps: expected {backbone} to be the folder or hub id of a CLIP, with config.json and its "
-                         f"tokenizer, could not load it ({said}); with a network, run `hf download {backbone}` once, "
-                         f"or give a local copy as backbone=FOLDER") from error  # fmt: skip
+                         f"tokenizer, could not load it ({first_line(error)}); with a network, run `hf download {backbone}` "
+                         f"once, or give a local copy as backbone=FOLDER") from error  # fmt: skip
     if config.model_type != "clip":
         raise ValueError(f"mps: expected {backbone} to be a CLIP, its model_type is {config.model_type}")
     return config, tokenizer

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 
 from diffalign.assets import asset
+from diffalign.errors import first_line
 from diffalign.rewards.checkpoints import download, is_hub_id, revision_of
 from diffalign.rewards.preprocess import Recipe
 from diffalign.rewards.tower_recipes import open_clip_recipe, siglip_recipe, transformers_recipe
@@ -234,7 +235,7 @@ def _load_transformers(folder: str, device: torch.device | str, dtype: torch.dty
 
 
 def _not_to_be_had(folder: str, error: Exception, reward: str) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     if Path(folder).exists():
         return (
             f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
@@ -264,7 +265,7 @@ def _load_open_clip(
 
 
 def _open_clip_failed(name: str, weights: str | Path | None, error: Exception, reward: str) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     if weights:
         return f"{weights}: expected an open_clip checkpoint of {name}, could not read it: {reason}"
     repo = open_clip.get_pretrained_cfg(*name.split("/")).get("hf_hub", "").strip("/")

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffalign.assets import asset
 from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, make_record
+from diffalign.errors import first_line
 
 SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
@@ -137,7 +138,7 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
                     yield f"{file.name} row {index}", row, (cells[0], cells[1])
                     index += 1
         except (OSError, pa.ArrowException) as error:  # the other files may be whole
-            yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({_first_line(error)})")
+            yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({first_line(error)})")
 
 
 @functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
@@ -156,7 +157,7 @@ def row_group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"{file} is gone") from error
     except (OSError, IndexError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: row group {group} is not readable ({_first_line(error)})") from error
+        raise ValueError(f"{file}: row group {group} is not readable ({first_line(error)})") from error
 
 
 def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
@@ -165,7 +166,7 @@ def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
     try:
         table = datasets.load_from_disk(str(place))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{place}: not a readable folder of datasets.save_to_disk ({_first_line(error)})") from error
+        raise ValueError(f"{place}: not a readable folder of datasets.save_to_disk ({first_line(error)})") from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise ValueError(f"{place}: no split {split!r}; set data.split to one of {', '.join(sorted(table))}")
@@ -189,7 +190,7 @@ def _streamed_rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:
             yield f"{path} row {index}", row, (pictures[0], pictures[1])
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: no such file or folder, and no data set with a split {split!r} that can be had from "
-                         f"the hub ({_first_line(error)})") from error  # fmt: skip
+                         f"the hub ({first_line(error)})") from error  # fmt: skip
 
 
 def _undecoded(table: Any) -> Any:
@@ -216,8 +217,3 @@ def _bytes(cell: Iterable[Any] | None) -> bytes | None:
     """A cell's bytes: a column of `datasets` images comes as {"bytes": ..., "path": ...}."""
     value = cell.get("bytes") if isinstance(cell, Mapping) else cell
     return value if isinstance(value, bytes) else None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
