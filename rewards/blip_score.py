@@ -15,6 +15,7 @@ from transformers import BertTokenizer
 from diffalign.assets import asset
 from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.preprocess import Recipe
+from diffalign.rewards.texts import longer_than
 
 VOCABULARY = "bert-base-uncased/vocab.txt.gz"
 CONTEXT = 35  # tokens, [CLS] and [SEP] included: BLIP and ImageReward cut and pad to it
@@ -62,9 +63,7 @@ def tokenized(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def too_long(prompts: Sequence[str]) -> list[str]:
     """The prompts of which only a part is read."""
-    # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
-    ids = bert_tokenizer()(list(prompts), truncation=False, verbose=False).input_ids
-    return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > CONTEXT]
+    return longer_than(CONTEXT, bert_tokenizer(), prompts)
 
 
 @cache
