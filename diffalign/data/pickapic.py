@@ -57,9 +57,9 @@ class ParquetCell:
         Raises:
             ValueError: the file is gone, or has changed.
         """
-        value = _bytes(row_group(self.file, self.group, READ)[self.column][self.row].as_py())
+        value = _bytes(cell(self.file, self.group, self.row, self.column, READ))
         if value is None:
-            raise ValueError(f"{self.file} has changed: row {self.row} of group {self.group} has no {self.column} now")
+            raise _changed(self.file, self.group, self.row, self.column)
         return value
 
 
@@ -141,23 +141,48 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
             yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({first_line(error)})")
 
 
-@functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
 def row_group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
     """Those of `columns` that a parquet file has, of one of its row groups, as a table; the latest two are kept.
+
+    A file that was written again, which its size or time of change tells, is read again.
 
     Raises:
         ValueError: gone, changed or damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(file)
-        return opened.read_row_group(group, columns=[name for name in columns if name in opened.schema_arrow.names])
+        found = file.stat()
+        return _row_group(file, group, columns, (found.st_size, found.st_mtime_ns))
     except FileNotFoundError as error:
         raise ValueError(f"{file} is gone") from error
     except (OSError, IndexError, pa.ArrowException) as error:
         raise ValueError(f"{file}: row group {group} is not readable ({first_line(error)})") from error
+
+
+def cell(file: Path, group: int, row: int, column: str, columns: tuple[str, ...]) -> Any:
+    """One value of a parquet file; `columns` are those that are read with it, and kept.
+
+    Raises:
+        ValueError: as `row_group`, or the file was written again, without that cell.
+    """
+    try:
+        return row_group(file, group, columns)[column][row].as_py()
+    except (IndexError, KeyError) as error:
+        raise _changed(file, group, row, column) from error
+
+
+def _changed(file: Path, group: int, row: int, column: str) -> ValueError:
+    return ValueError(f"{file} has changed: row {row} of group {group} has no {column} now")
+
+
+@functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
+def _row_group(file: Path, group: int, columns: tuple[str, ...], written: tuple[int, int]) -> Any:
+    """`written` only tells one content of the file from the next."""
+    import pyarrow.parquet as pq
+
+    opened = pq.ParquetFile(file)
+    return opened.read_row_group(group, columns=[name for name in columns if name in opened.schema_arrow.names])
 
 
 def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:

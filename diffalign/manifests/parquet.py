@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.pickapic import row_group
+from diffalign.data.pickapic import cell
 from diffalign.data.records import BrokenRow, ImageSource
 from diffalign.errors import first_line
 from diffalign.manifests.entry import Listed, columns, row_of_path
@@ -32,7 +32,7 @@ class PictureCell:
             ValueError: the file is gone or damaged, or the cell is empty.
         """
         with ONE_AT_A_TIME:
-            value = row_group(self.file, self.group, (self.column,))[self.column][self.row].as_py()
+            value = cell(self.file, self.group, self.row, self.column, (self.column,))
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if isinstance(data, bytes):
             return data
