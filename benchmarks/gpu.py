@@ -58,24 +58,15 @@ class Variant:
     around: Around = lambda pipe: contextlib.nullcontext()
 
 
-def _ours(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-    return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
+def _ours(**options: Any) -> Callable[[Subject, int, bool], Step]:
+    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
+        return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing, **options)
 
-
-def _cached_reference(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-    return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing, cached_reference=True)
+    return make
 
 
 def _recorded(subject: Subject, pairs: int, checkpointing: bool) -> Step:
     return Recorded(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
-
-
-def _attention(backend: str) -> Callable[[Subject, int, bool], Step]:
-    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-        cached = random_cached(subject.model, pairs, subject.device)
-        return Ours(subject, cached, checkpointing, attention=backend)
-
-    return make
 
 
 @contextlib.contextmanager
@@ -93,14 +84,14 @@ def _compiled(pipe: LatentPipeline) -> Iterator[None]:
 # A new way to run the step is one line.
 VARIANTS: dict[str, Variant] = {
     BASELINE: Variant(None, checkpointing=True),
-    "ours": Variant(_ours),
+    "ours": Variant(_ours()),
     "ours, recorded": Variant(_recorded),
-    "ours, checkpointing": Variant(_ours, checkpointing=True),
-    "ours, compiled": Variant(_ours, around=_compiled),
+    "ours, checkpointing": Variant(_ours(), checkpointing=True),
+    "ours, compiled": Variant(_ours(), around=_compiled),
     "ours, recorded and compiled": Variant(_recorded, around=_compiled),
-    "ours, flash attention": Variant(_attention("flash")),
-    "ours, cudnn attention": Variant(_attention("cudnn")),
-    CACHED_REFERENCE: Variant(_cached_reference),
+    "ours, flash attention": Variant(_ours(attention="flash")),
+    "ours, cudnn attention": Variant(_ours(attention="cudnn")),
+    CACHED_REFERENCE: Variant(_ours(cached_reference=True)),
     "plain": Variant(None),
 }
 

@@ -58,9 +58,9 @@ def _put_in_place(partial: Path, folder: Path, previous: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, in one piece."""
+    """Writes a text file, UTF-8, in one piece; what of a file's name is no text becomes an escape such as \\udcff."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Any, **options: Any) -> None:

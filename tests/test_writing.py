@@ -45,6 +45,13 @@ def test_what_no_json_can_hold_leaves_the_old_document(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"ü": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_the_name_of_a_file_in_another_encoding_costs_no_document(tmp_path: Path, ascii_only: bool) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    write_json(tmp_path / "a.json", {"where": name}, ensure_ascii=ascii_only)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"where": name}
+
+
 def test_a_folder_takes_the_place_of_a_full_one_whole(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     for name in ("first", "second"):
