@@ -72,20 +72,17 @@ class BlipMatcher(nn.Module):
         features: Tensor = self.vision_proj(self.visual_encoder(x)[:, 0].float())
         return features
 
-    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, D], fp32, in the same space, of the text alone."""
-        features: Tensor = self.text_proj(self.text_encoder(ids, mask)[:, 0].float())
-        return features
-
 
 @final
 @dataclass(frozen=True)
 class ContrastiveReader(NetworkReader):
-    """The text side of a `BlipMatcher`'s contrastive head, for `TextFeatures`."""
+    """The text side of the contrastive space, of a `BlipMatcher`'s text_encoder and text_proj."""
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        features: Tensor = self.model.text_features(*tokenized(prompts, self.device))
+        """[B, D], fp32, in the space of `BlipMatcher.image_features`, not normalized."""
+        read = self.model["text_encoder"](*tokenized(prompts, self.device))[:, 0]
+        features: Tensor = self.model["text_proj"](read.float())
         return features
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
@@ -168,7 +165,8 @@ class BlipITM(BlipScore):
         self.network.visual_encoder.to(kind)
         self.network.text_encoder.to(kind)
         super().__init__(square_recipe(side))
-        self._reader = ContrastiveReader(self.network)
+        sides = {"text_encoder": self.network.text_encoder, "text_proj": self.network.text_proj}
+        self._reader = ContrastiveReader(nn.ModuleDict(sides))
         self._texts = TextFeatures(new=lambda prompts: self._tell_cut(self._reader.too_long(prompts)))
         self.output = chosen = OUTPUTS[output]
         self.card = replace(

@@ -218,6 +218,10 @@ def test_the_cosine_reads_a_prompt_once_until_the_weights_change(
         reward.network.text_proj.weight.mul_(torch.linspace(-1, 1, SHARED)[:, None])
     after = scores(reward)
     assert len(asked) == 2 * len(set(PROMPTS)) and (after - before).abs().max() > 0.01
+    reward.network.visual_encoder.double().float()
+    assert torch.equal(scores(reward), after) and len(asked) == 2 * len(set(PROMPTS)), "another side of the network"
+    reward.network.text_encoder.bfloat16()
+    assert 0 < (scores(reward) - after).abs().max() < 0.05 and len(asked) == 3 * len(set(PROMPTS))
 
 
 def keys_kernel(distance: float, a: float = -0.75) -> float:
