@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pyarrow.parquet
 import pytest
 import torch
 from toy import PROCESSES, ROWS, exact_gaussian, sampling_times, variance_preserving
 
+from diffalign.data.images import decode, resize_and_crop
 from diffalign.inversion import (
     departure,
     direction,
@@ -16,9 +20,11 @@ from diffalign.inversion import (
     transition_target,
     walks,
 )
+from diffalign.pipelines import load_pipeline
 from diffalign.process import CLEAN, endpoints
 from diffalign.sampling import Condition, Stepper, ddim_stepper, draw, sample
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = (20, 50, 200)
 
 
@@ -222,6 +228,25 @@ def test_a_clean_start_is_a_step_even_to_the_samplers_last_level() -> None:
     assert process.coefficients(clean) == process.coefficients(start)
     assert [c.item() for c in departure(process, clean, clean=True)] == [1, 0]
     assert departure(process, clean, clean=False) == process.coefficients(clean)
+
+
+# refine 1, measured on one picture of the shipped pairs; bounds are twice that of four (docs/methods.md)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bound"), [("tiny-sd", 5e-3), ("tiny-sd3", 5e-3)])
+def test_round_trips_of_the_shipped_models_get_better_with_more_steps(name: str, bound: float) -> None:
+    pipe = load_pipeline(name)
+    row = pyarrow.parquet.read_table(ROOT / "assets" / "shapes-pairs.parquet").slice(0, 1).to_pylist()[0]
+    picture = resize_and_crop(decode(row["jpg_0"], "the picture"), (64, 64), (0.5, 0.5), False)
+    errors = []
+    with torch.no_grad():
+        x0, condition = pipe.encode(picture[None].float() / 255)[0], pipe.encode_prompts([row["caption"]])
+        for steps in STEPS:
+            times = pipe.times(steps)
+            step = inversion_stepper(pipe.predict, pipe.process, pipe.parametrization, condition, refine=1)
+            noise = invert(step, x0, levels_of(times)).x
+            back = sample(ddim_stepper(pipe.predict, pipe.process, pipe.parametrization, condition), noise, times).x
+            errors.append((back - x0).square().mean().sqrt().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < bound, errors
 
 
 def test_bad_calls_are_named() -> None:
