@@ -229,6 +229,18 @@ def test_every_method_trains_every_family(name: str, family: str, tmp_path: Path
     assert any(value.abs().sum() > 0 for key, value in load_file(result.folder / WEIGHTS_NAME).items() if "_B" in key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INVERTED)
+def test_the_packaged_config_of_tiny_sd_trains(name: str, tmp_path: Path) -> None:
+    result = train(f"tiny-sd/{name}", [
+        "max_train_steps=3", "train_batch_size=2", "data.max_pairs=12", "data.val_fraction=0.2", "logging_steps=1",
+        "validation_prompts=[]", "report_to=none", f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}",
+    ])  # fmt: skip
+    rows = [row for row in metrics(result.folder) if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["h"] == 0
+    assert len(rows) == 3 and rows[-1]["h_abs"] > 0 and all(math.isfinite(row["grad_norm"]) for row in rows)
+
+
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts what the reference is asked, in rows."""
     asked: list[int] = []
