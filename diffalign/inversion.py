@@ -18,9 +18,9 @@ Round trips of N(1, 0.5^2) under its exact predictor, latent RMSE in fp32 (tests
     epsilon, refine 0                   8.7e-2    3.8e-2    1.0e-2
     epsilon, refine 1, average          5.1e-2    2.0e-2    5.1e-3
     epsilon, refine 1                   1.3e-2    2.4e-3    1.6e-4
-    epsilon, refine 3                   3.5e-4    1.2e-5    6.6e-7      what stays is rounding
+    epsilon, refine 3                   3.5e-4    1.2e-5    5.5e-7      what stays is rounding
     flow, refine 0                      3.9e-2    1.4e-2    3.5e-3
-    flow, refine 3                      1.5e-5    4.1e-7    6.1e-7
+    flow, refine 3                      1.8e-5    7.2e-7    4.7e-7
 """
 
 from __future__ import annotations
