@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report import BASELINE, CACHED_REFERENCE, Row, goals, report
+from benchmarks.inversion_step import Inverted
 from benchmarks.measure import versions
 from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
@@ -50,12 +51,13 @@ class Variant:
 
     `make` builds our step from (subject, pairs, checkpointing); a row without it is the plain step, and is given VAE
     and text encoders. `around` is entered with the pipeline before the step is built and left after the last one: a
-    place for what changes how the network computes.
+    place for what changes how the network computes. `dpo`: it does the work of a DPO step, which the floor is of.
     """
 
     make: Callable[[Subject, int, bool], Step] | None
     checkpointing: bool = False
     around: Around = lambda pipe: contextlib.nullcontext()
+    dpo: bool = True
 
 
 def _ours(**options: Any) -> Callable[[Subject, int, bool], Step]:
@@ -67,6 +69,13 @@ def _ours(**options: Any) -> Callable[[Subject, int, bool], Step]:
 
 def _recorded(subject: Subject, pairs: int, checkpointing: bool) -> Step:
     return Recorded(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
+
+
+def _inverted(kept: bool) -> Callable[[Subject, int, bool], Step]:
+    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
+        return Inverted(subject, random_cached(subject.model, pairs, subject.device), checkpointing, kept)
+
+    return make
 
 
 @contextlib.contextmanager
@@ -93,6 +102,8 @@ VARIANTS: dict[str, Variant] = {
     "ours, cudnn attention": Variant(_ours(attention="cudnn")),
     CACHED_REFERENCE: Variant(_ours(cached_reference=True)),
     "plain": Variant(None),
+    "inversion-dpo, trajectories kept": Variant(_inverted(kept=True), dpo=False),
+    "inversion-dpo": Variant(_inverted(kept=False), dpo=False),
 }
 
 
@@ -232,7 +243,9 @@ def model_rows(name: str, size: Size, device: torch.device, clock: Clock, share:
         if variant.make:
             encoders = None  # ours must fit without them
         for pairs in size.pairs:
-            row: Row = {"model": name, "variant": label, "pairs": pairs, "floor_ms_per_pair": 1000 * flops / rate}
+            row: Row = {"model": name, "variant": label, "pairs": pairs}
+            if variant.dpo:
+                row["floor_ms_per_pair"] = 1000 * flops / rate
             if clock.left(share) < longest:
                 yield {**row, "failed": "no time left"}
                 continue
@@ -242,7 +255,7 @@ def model_rows(name: str, size: Size, device: torch.device, clock: Clock, share:
             with memory_given_back(device):
                 row |= measured_row(variant, subject, encoders, pairs, size)
             longest = max(longest, time.perf_counter() - started)
-            if seconds := row.get("ms_per_pair", 0.0) / 1000:
+            if (seconds := row.get("ms_per_pair", 0.0) / 1000) and variant.dpo:
                 row |= {"of_floor": flops / rate / seconds, "mfu": flops / seconds / PRINTED_RATE}
             yield row
 

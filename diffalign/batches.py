@@ -37,6 +37,7 @@ class Batches:
     latent_shape: Callable[[int, int], tuple[int, ...]]  # of one picture of (height, width) pixels
     frame_condition: FrameCondition | None = None  # what the network is told of an example beside its prompts
     chooser: Chooser | None = None  # which training examples are drawn from; None: all
+    sampled: bool = True  # latents are draws from their posteriors; else the means
 
     @functools.cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
@@ -88,7 +89,7 @@ class Batches:
             if examples[0].members:
                 same = place > 0 and all(e.members[place] == e.members[0] for e in examples)
                 # one picture under several prompts is one latent, or not the prompts alone would differ
-                drawn = members[0] if same else _posterior_sample([m[place] for m in moments], generator)
+                drawn = members[0] if same else self._latents([m[place] for m in moments], generator)
                 members.append(moved(drawn, device))
             prompts = ["" if drop else e.prompts[place] for e, drop in zip(examples, dropped, strict=True)]
             conditions.append(self._condition(prompts, told, device))
@@ -102,6 +103,10 @@ class Batches:
             prompts=tuple(example.prompt for example in examples),
             shape=self.latent_shape(*examples[0].crop.size),
         )
+
+    def _latents(self, moments: Sequence[dict[str, Tensor]], generator: torch.Generator) -> Tensor:
+        drawn = _posterior_sample(moments, generator)
+        return drawn if self.sampled else torch.stack([m["mean"] for m in moments]).float()
 
     def _condition(self, prompts: Sequence[str], told: Condition, device: torch.device) -> Condition:
         return {name: moved(value, device) for name, value in (self.cache.condition(prompts) | told).items()}

@@ -32,6 +32,7 @@ if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
 CHOICES: dict[str, tuple[str, ...]] = {
     "train": ("lora", "full"),
     "micro_conditioning": ("data", "fixed"),
+    "posterior": ("sample", "mean"),
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "report_to": ("tensorboard", "wandb", "trackio", "none"),
@@ -65,6 +66,8 @@ class RunConfig:
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
     micro_conditioning: str = "data"  # data | fixed: what SDXL is told of sizes and crops (pipelines/sdxl.py)
+
+    posterior: str = "sample"  # sample | mean: of the VAE's latents of a picture; or as the method has it
 
     train: str = "lora"  # lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)

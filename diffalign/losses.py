@@ -65,6 +65,21 @@ def nca(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.softplus(-rho_w) + 0.5 * (F.softplus(rho_w) + F.softplus(rho_l))
 
 
+def soft_ce(h: Tensor, p: Tensor) -> Tensor:
+    """p softplus(-h) + (1 - p) softplus(h): the cross entropy to a probability p [B] that the winner is the better."""
+    return p * F.softplus(-h) + (1 - p) * F.softplus(h)
+
+
+def smpo(h: Tensor, p: Tensor, gamma: float) -> Tensor:
+    """softplus(-gamma (2 p - 1) h): SmPO (arXiv 2506.02698) as released, a pair's logit scaled by how clear it is."""
+    return F.softplus(-gamma * (2 * p - 1) * h)
+
+
+def win_probability(scores: Tensor, score_range: float) -> Tensor:
+    """[B] in [0, 1]: sigmoid((s_w - s_l) / range) of scores [B, K], the winner's first and the loser's last."""
+    return torch.sigmoid((scores[:, 0] - scores[:, -1]) / score_range)
+
+
 LINKS: dict[str, Link] = {
     "sigmoid": sigmoid,
     "robust": robust,

@@ -58,10 +58,10 @@ class Reference(Protocol):
 
 @final
 class Fixed:
-    """A reference that stays as it is."""
+    """A reference that stays as it is; `network` is what computes it, less what is in training."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, network: torch.nn.Module) -> None:
+        self.policy, self.network = policy, network
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.policy(x_t, t, condition)
@@ -78,7 +78,7 @@ class Fixed:
 
 def adapter_off(pipe: LatentPipeline) -> Fixed:
     """The same weights with the adapter off: no second copy, and exactly the starting point of a fresh LoRA."""
-    return Fixed(without_adapters(pipe))
+    return Fixed(without_adapters(pipe), pipe.network)
 
 
 def frozen_copy(pipe: LatentPipeline) -> Fixed:
@@ -87,7 +87,7 @@ def frozen_copy(pipe: LatentPipeline) -> Fixed:
     frozen.network = copy.deepcopy(pipe.network).requires_grad_(False).eval()
     if compiled(pipe.network):  # a copy is not; both are to run the same kernels
         compile_blocks(frozen.network)
-    return Fixed(frozen.predict)
+    return Fixed(frozen.predict, frozen.network)
 
 
 def none(pipe: LatentPipeline) -> None:

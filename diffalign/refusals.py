@@ -8,7 +8,8 @@ from diffalign.config import RunConfig
 from diffalign.methods.base import Method, Need
 from diffalign.reference import MOVING
 
-SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS}  # what the trainer can give a method
+# what the trainer can give a method
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.FIXED_REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS}
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -22,6 +23,13 @@ def refuse(config: RunConfig, method: Method) -> None:
         )
     if Need.REWARD in method.needs and not config.rewards:
         raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
+    if Need.FIXED_REFERENCE in method.needs and config.reference_name in MOVING:
+        raise ValueError(f"method {config.method_name!r} needs a reference that stays as it is, and "
+                         f"{config.reference_name!r} moves: set reference: {{name: adapter_off}}, or frozen_copy for "
+                         f"train: full")  # fmt: skip
+    if getattr(method, "cache", False) and config.posterior == "sample":
+        raise ValueError("method.cache keeps what is made of a latent, and with posterior: sample each is a new one: "
+                         "set posterior: mean, or method.cache: false")  # fmt: skip
     if config.reference_name in MOVING and config.cuda_graph:
         raise ValueError(f"reference {config.reference_name!r} moves, and cuda_graph: true replays one that does not")
     if config.early_stopping_patience and not config.validation_steps:

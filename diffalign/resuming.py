@@ -10,6 +10,7 @@ import torch
 
 from diffalign import checkpoint as ckpt
 from diffalign.distributed import placed_like, placed_optimizer, whole
+from diffalign.recall import Recall
 from diffalign.tracking import Pace, SkippedSteps
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ log = logging.getLogger("diffalign")
 def save(run: Trainer) -> None:
     """Writes a checkpoint of the run as it is; all ranks call this, the main one writes."""
     main = run.accelerator.is_main_process
+    if isinstance(run.recall, Recall):
+        run.recall.flush()  # first: a run that goes on from here is to find what was there at this step
     reference = run.reference.tensors() if run.reference is not None else {}
     chooser = run.data.chooser.tensors() if run.data.chooser else {}
     trainable, ema, best, optimizer = whole(

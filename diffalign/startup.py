@@ -239,6 +239,7 @@ def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelera
     return Batches(
         cache, examples.train, examples.validation, config.train_batch_size, config.validation_batch_size, config.seed,
         pipe.latent_shape, told, Chooser(build(SELECTIONS, config.selection, what="selection"), examples.train),
+        sampled=config.posterior == "sample",
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from diffalign.distributed import (
     any_rank,
     clip,
     exchange,
+    in_shards,
     spread,
     step_unless,
 )
@@ -34,6 +35,7 @@ from diffalign.ema import Best, Ema
 from diffalign.graphs import graphed
 from diffalign.methods.base import Batch, Method, Noised, Run
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.recall import recalling
 from diffalign.resuming import restore, save
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
@@ -75,11 +77,11 @@ class Trainer:
         self.method: Method = prepared.method
         self.draw_samples = prepared.draw_samples
         self.pipe: LatentPipeline = prepared.pipe
-        self.data = prepared.data
-        self.score = prepared.score
+        self.data, self.score = prepared.data, prepared.score
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
         self.reference = prepared.make_reference(pipe=self.pipe)
+        self.recall = recalling(self.config, self.reference, in_shards(self.accelerator))
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
         wrapped.network, self.optimizer = spread(
@@ -88,8 +90,7 @@ class Trainer:
         self.wrapper, self.policy = wrapped.network, wrapped.predict
         self.trained = {name: p for name, p in self.pipe.network.named_parameters() if p.requires_grad}
         self.parameters = list(self.trained.values())
-        self.ema = Ema(self.trained, self.config.ema_decay)
-        self.step = 0
+        self.step, self.ema = 0, Ema(self.trained, self.config.ema_decay)
         self.best = Best(self.trained, self.config.early_stopping_patience)
         self.averages, self.alarm = Averages(), DisplacementAlarm()
         self.skipped, self.pace = SkippedSteps(self.accelerator.device), Pace()
@@ -189,7 +190,7 @@ class Trainer:
     def _run(self, policy: Policy, seed: int) -> Run:
         generator = torch.Generator().manual_seed(seed)
         return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator, self._times,
-                   self.score, self._mean, self.step)  # fmt: skip
+                   self.score, self._mean, self.step, self.recall, self.accelerator.num_processes > 1)  # fmt: skip
 
     def _times(self, steps: int) -> Tensor:
         return self.pipe.times(steps).to(self.accelerator.device)

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffalign.process import PARAMETRIZATIONS, NoiseProcess, RectifiedFlow, VariancePreserving, per_sample, target
+from diffalign.process import (
+    CLEAN,
+    PARAMETRIZATIONS,
+    NoiseProcess,
+    RectifiedFlow,
+    VariancePreserving,
+    per_sample,
+    target,
+)
 from diffalign.sampling import Condition, Policy
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -58,3 +66,11 @@ class Denoiser(torch.nn.Module):
         x0 = mean + a / (a**2 + s**2) * (x_t - a * mean)
         p, q = (per_sample(c, x_t) for c in PARAMETRIZATIONS[self.kind](alpha, sigma))
         return p * x0 + q * (x_t - a * x0) / s
+
+
+def sampling_times(process: NoiseProcess, steps: int) -> Tensor:
+    """[steps + 1] times from noise to picture, as the stock samplers have them: leading, or of a shifted flow."""
+    if isinstance(process, RectifiedFlow):
+        u = torch.linspace(1, 0, steps + 1)
+        return process.shift * u / (1 + (process.shift - 1) * u)
+    return torch.cat([torch.arange(steps).flip(0) * (1000 // steps) + 1.0, torch.tensor([CLEAN])])

@@ -7,7 +7,7 @@ A method is a frozen dataclass of hyper-parameters with `prepare` (no gradient: 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -28,11 +28,14 @@ class Need(enum.Enum):
     REWARD = "a reward"
     REWARD_GRADIENT = "a reward with gradients"
     REFERENCE = "a reference"
+    FIXED_REFERENCE = "a reference that stays as it is"
     SNAPSHOTS = "past checkpoints"
     STOCHASTIC_SAMPLER = "a stochastic sampler"
 
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]  # (latents [B, ...], B prompts) -> [B]
+# (what is computed, what of each row [B, ...] it follows from, how) -> [B, ...]
+Remember = Callable[[str, Mapping[str, Tensor], Callable[[], Tensor]], Tensor]
 
 
 def no_times(steps: int) -> Tensor:
@@ -45,6 +48,11 @@ def no_reward(latents: Tensor, prompts: Sequence[str]) -> Tensor:
     raise ValueError("this run has no reward: a method that scores what it draws needs Run.score")
 
 
+def computed(what: str, rows: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+    """Of a run that keeps nothing."""
+    return compute()
+
+
 @dataclass(frozen=True)
 class Run:
     """What a method is given: two policies of one type, the process, and the step's own generator (on the CPU).
@@ -54,6 +62,8 @@ class Run:
         score: (latents [B, ...], B prompts) -> [B], the run's reward of the decoded pictures.
         mean: the mean over all ranks of a scalar tensor, for baselines that are of the whole batch.
         step: how many optimizer steps are done.
+        remember: what the fixed reference made of the same rows before, or else what `compute` makes of them now.
+        together: whether there are ranks that must call the policy equally often.
     """
 
     policy: Policy
@@ -65,6 +75,8 @@ class Run:
     score: Score = no_reward
     mean: Callable[[Tensor], Tensor] = lambda value: value
     step: int = 0
+    remember: Remember = computed
+    together: bool = False
 
 
 @dataclass(frozen=True)

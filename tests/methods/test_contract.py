@@ -1,10 +1,11 @@
 """Every row of METHODS keeps the same promises, on networks whose law is known exactly."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from toy import PROCESSES, ROWS, Denoiser
+from toy import PROCESSES, ROWS, Denoiser, sampling_times
 
 from diffalign.methods import METHODS
 from diffalign.methods.base import Batch, Method, Need, Noised, Run, pair_batch, reference_errors
@@ -20,14 +21,24 @@ VARIANTS = {
     "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
     "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
     "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
+    **{f"inpo-{mode}": {"name": "inpo", "mode": mode} for mode in ("exact", "round_up")},
+    "inpo-noisy": {"name": "inpo", "eta": 0.1, "renoise": 1},
+    "inpo-reference": {"name": "inpo", "model": "reference", "timestep_weight": "x0"},
+    "smpo-soft_ce": {"name": "smpo", "soft": "soft_ce"},
+    "inversion_dpo-x0": {"name": "inversion_dpo", "objective": "x0", "beta": 5.0, "renoise": 1},
+    "inversion_dpo-guided": {"name": "inversion_dpo", "guidance": 2.0},
 }  # fmt: skip
 BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
+LEASHED = {"dpo": BETA, "inpo": BETA, "smpo": BETA}  # others keep their beta
+PAIRED = [v for v in VARIANTS if VARIANTS[v]["name"] in (*LEASHED, "inversion_dpo")]
 
 
 def method(variant: str) -> Method:
     section = dict(VARIANTS[variant])
-    if section["name"] == "dpo":
-        section.setdefault("beta", BETA)
+    if section["name"] in LEASHED:
+        section.setdefault("beta", LEASHED[str(section["name"])])
+    if section["name"] == "inversion_dpo":
+        section |= {"steps": 10, "sampled": 2}
     return build(METHODS, section, what="method")
 
 
@@ -41,11 +52,13 @@ def pairs(count: int, seed: int = 0, label: float = 1.0) -> Batch:
     prompt = torch.arange(count) % 2
     side = (1.0 - 2.0 * prompt).view(-1, 1)
     noise = torch.randn(2, count, 3, generator=g) * 0.3
-    return pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+    batch = pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+    return replace(batch, negative={"prompt": prompt})
 
 
 def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
-    return Run(policy, reference, policy.process, policy.kind, torch.Generator().manual_seed(seed))
+    times = functools.partial(sampling_times, policy.process)
+    return Run(policy, reference, policy.process, policy.kind, torch.Generator().manual_seed(seed), times)
 
 
 def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
@@ -94,14 +107,14 @@ def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, k
                 torch.testing.assert_close(alone.metrics[name][0], values[index], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("dpo")])
+@pytest.mark.parametrize("variant", PAIRED)
 def test_at_the_reference_the_logit_is_exactly_zero(variant: str) -> None:
     policy, reference = networks("vp", "epsilon")
     state, rule = run(policy, reference), method(variant)
-    [batch] = rule.prepare(state, pairs(8))
-    metrics = rule.loss(state, batch).metrics
-    assert (metrics["h"] == 0).all() and (metrics["accuracy"] == 0.5).all()
-    assert (metrics["d_w"] == 0).all() and (metrics["d_l"] == 0).all()
+    for batch in rule.prepare(state, pairs(8)):
+        metrics = rule.loss(state, batch).metrics
+        assert (metrics["h"] == 0).all() and (metrics["accuracy"] == 0.5).all()
+        assert (metrics["d_w"] == 0).all() and (metrics["d_l"] == 0).all()
 
 
 def test_plain_dpo_starts_at_ln_2() -> None:
