@@ -34,12 +34,14 @@ from diffalign.ema import Best, Ema
 from diffalign.graphs import graphed
 from diffalign.methods.base import Batch, Method, Noised, Run
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.reference import evaluating
 from diffalign.resuming import restore, save
+from diffalign.run_folder import facts_of, save_result
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
 from diffalign.seeds import mix
 from diffalign.selection import Chooser
-from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
+from diffalign.startup import Prepared, adamw, prepare_run
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
 from diffalign.validation import check_identity, held_out_metrics, logits
 
@@ -79,7 +81,7 @@ class Trainer:
         self.score = prepared.score
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
-        self.reference = prepared.make_reference(pipe=self.pipe)
+        self.reference = prepared.make_reference(self.pipe)
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
         wrapped.network, self.optimizer = spread(
@@ -108,16 +110,13 @@ class Trainer:
         stopping, last = False, self.config.max_train_steps
         bar = progress_bar("training", last, done=self.step, hidden=not self._main)
         with until_sigterm() as received, bar as advance:
-            while self.step < last and not stopping:
+            while self.step < last and not stopping and not self.best.over:
                 self._train_step()
                 advance(1, self._shown())
                 stopping = self._asked_to_stop(received)
                 self._after_step(last=stopping or self.step == last)
-                if self.best.over:
-                    log.info(
-                        "stopped at step %d: held-out accuracy is no better than at step %d", self.step, self.best.step
-                    )
-                    break
+        if self.best.over:
+            log.info("stopped at step %d: no validation was better than that at step %d", self.step, self.best.step)
         self._save_result()
         self.accelerator.end_training()
         return RunResult(self.folder, self.step, self.last, interrupted=stopping)
@@ -158,7 +157,7 @@ class Trainer:
         run = self._run(self.policy, seed)
         finite = []
         with accelerator.autocast():
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.wrapper):
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
             for number, batch in enumerate(batches, 1):
                 ends = micro + 1 == config.gradient_accumulation_steps and number == len(batches)
@@ -224,7 +223,7 @@ class Trainer:
             self._measure_margins(self.data.chooser)
         if validates:
             self._validate()
-        if saves:
+        if saves or self.best.over:
             save(self)
         if logs or validates or saves:
             self.pace = Pace(self.step)
