@@ -233,7 +233,7 @@ def test_needs_are_declared_and_sections_build(name: str) -> None:
         ({"name": "dpo", "link": "exo"}, "method.label_smoothing"),
         ({"name": "dpo", "time_low": 0.9, "time_high": 0.1}, "method.time_low"),
         ({"name": "dpo", "betta": 1}, "did you mean 'beta'"),
-        ({"name": "dop"}, "did you mean 'dpo'"),
+        ({"name": "dpoo"}, "did you mean 'dpo'"),
         ({"name": "dpo", "beta": "high"}, "method.beta: expected float, got 'high'"),
         ({"name": "curriculum_dpo", "link": "logistic"}, "method.link"),
         ({"name": "seppo", "flip": "maybe"}, "method.flip: expected one of sign, indicator, none"),
