@@ -240,7 +240,7 @@ class Trainer:
         seed = self.config.validation_seed
         batches = self.data.validation_batches(seed, self.accelerator.device)
 
-        with self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
+        with evaluating(self.pipe.network), self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
             values = held_out_metrics(self.method, partial(self._probe, seed), batches, self.accelerator)
             self.best.update(self.step, values)
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
@@ -252,7 +252,7 @@ class Trainer:
     def _measure_margins(self, chooser: Chooser) -> None:
         """The logits of all training examples, for a selection that goes by them."""
         seed, rows = self.config.seed, []
-        with self.accelerator.autocast(), torch.no_grad():
+        with evaluating(self.pipe.network), self.accelerator.autocast(), torch.no_grad():
             for draw in range(chooser.selection.draws):
                 latents = torch.Generator().manual_seed(mix(seed, draw, 0, 2))
                 batches = self.data.all_batches(self.data.train, latents, self.accelerator.device)
