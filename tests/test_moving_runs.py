@@ -152,13 +152,13 @@ def test_an_early_stop_is_the_same_after_a_resume(tmp_path: Path, monkeypatch: p
         ({"method": "sft", "selection": "margin"}, "goes by the logit h of pairs, and method 'sft' has none"),
         ({"early_stopping_patience": 2}, "set validation_steps"),
         ({"method": {"name": "online_dpo", "steps": 1}}, "set rewards, such as"),
-        ({"method": {"name": "online_dpo", "steps": 1}, "data": {}, **REWARD}, "needs prompts: set data"),
+        ({"method": {"name": "online_dpo", "steps": 1}, "data": None, **REWARD}, "needs prompts: set data"),
         ({"method": {"name": "seppo"}, "reference": "none"}, "needs a reference"),
     ],
 )
 def test_refusals_leave_the_folder_free(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train(config(tmp_path, **changes))
+        train({key: value for key, value in config(tmp_path, **changes).items() if value is not None})
     if changes.get("selection") != "margin":  # that one is seen at the first batch, in a run that has begun
         assert not (tmp_path / "run" / "config.yaml").exists()
 
