@@ -77,7 +77,7 @@ def dry_run(config: str, overrides: Sequence[str]) -> Result:
     """The resolved config, after every check that needs neither the data nor the model."""
     resolved = load_config(config, overrides)
     method = build(METHODS, resolved.method, what="method")
-    bind(REFERENCES, resolved.reference, what="reference", pipe=None)
+    build(REFERENCES, resolved.reference, what="reference")
     build(SELECTIONS, resolved.selection, what="selection")
     refuse(resolved, method)
     for label, section in resolved.rewards.items():

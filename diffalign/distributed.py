@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffalign.config import RunConfig
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.reference import MOVING
 from diffalign.sampling import Policy
 from diffalign.zero import ZeroOptimizer, zero2
 
@@ -45,6 +46,9 @@ def refuse_launch(config: RunConfig, accelerator: Accelerator) -> None:
     if dealt_out and config.train == "lora":
         raise ValueError("FSDP2 and DeepSpeed are for train: full; a LoRA is small enough for every process: launch "
                          "it with configs/accelerate/ddp.yaml")  # fmt: skip
+    if dealt_out and config.reference_name in MOVING:
+        raise ValueError(f"reference {config.reference_name!r} keeps whole weights, and FSDP2 and DeepSpeed deal "
+                         f"them out: set reference: {{name: frozen_copy}}, or launch with ddp.yaml")  # fmt: skip
     if dealt_out and config.mixed_precision == "fp16":
         raise ValueError("FSDP2 and DeepSpeed are supported with mixed_precision: no or bf16, got fp16")
     if with_deepspeed(accelerator) and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
@@ -96,7 +100,7 @@ def spread(
     """
     if in_shards(accelerator):
         shard(accelerator, config, network)
-        owner = getattr(reference, "__self__", None)  # of the `predict` of a second pipeline
+        owner = getattr(getattr(reference, "policy", None), "__self__", None)  # of a second pipeline's `predict`
         if isinstance(owner, LatentPipeline):
             shard(accelerator, config, owner.network)
     made = optimizer([p for p in network.parameters() if p.requires_grad])

@@ -80,6 +80,24 @@ def win_probability(scores: Tensor, score_range: float) -> Tensor:
     return torch.sigmoid((scores[:, 0] - scores[:, -1]) / score_range)
 
 
+def flip_sign(d_w: Tensor, flip: str) -> Tensor:
+    """s [B] of SePPO's anchor-based flip (arXiv 2410.05255), from the winner's excess error d_w [B]; detached.
+
+    sign: +1 where the policy fits the winner no worse than the reference does, else -1 (the opponent is imitated too);
+    indicator: 0 in place of -1 (it is ignored); none: always +1.
+    """
+    better = (d_w.detach() <= 0).to(d_w.dtype)
+    return {"sign": 2 * better - 1, "indicator": better, "none": torch.ones_like(better)}[flip]
+
+
+FLIPS = ("sign", "indicator", "none")
+
+
+def ranking_hinge(d_expert: Tensor, d_policy: Tensor, margin: float) -> Tensor:
+    """max(0, d_E - d_P + margin) of two excess errors [B]: Diffusion-DRO, arXiv 2510.18353."""
+    return F.relu(d_expert - d_policy + margin)
+
+
 LINKS: dict[str, Link] = {
     "sigmoid": sigmoid,
     "robust": robust,

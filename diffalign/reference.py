@@ -1,8 +1,8 @@
 """Who the policy is compared with, so that no objective can tell the two apart.
 
-A reference is made after the adapter is attached and before the first step. Those that move look at the policy's
-weights after each step, and run the policy's own network with the weights they keep: same kernels, no second copy of
-what is frozen.
+A row of `REFERENCES` takes the section's keywords, checks them, and gives a function that makes the reference of a
+pipeline: after the adapter is attached and before the first step. Those that move look at the policy's weights after
+each step, and run the policy's own network with the weights they keep: same kernels, no second copy of what is frozen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOVING = frozenset({"ema", "sync", "stages", "pool"})  # which of them change du
 POOL_SIZE = 8
 
 Weights = dict[str, Tensor]
-MakeReference = Callable[..., "Reference | None"]  # of pipe=
+MakeReference = Callable[[LatentPipeline], "Reference | None"]
 
 
 class Reference(Protocol):
@@ -76,13 +76,17 @@ class Fixed:
         """Nothing is kept."""
 
 
-def adapter_off(pipe: LatentPipeline) -> Fixed:
+def adapter_off() -> MakeReference:
     """The same weights with the adapter off: no second copy, and exactly the starting point of a fresh LoRA."""
-    return Fixed(without_adapters(pipe), pipe.network)
+    return lambda pipe: Fixed(without_adapters(pipe), pipe.network)
 
 
-def frozen_copy(pipe: LatentPipeline) -> Fixed:
-    """A copy of the network as it is now: for full fine-tuning, or to stay close to an `init_lora`."""
+def frozen_copy() -> MakeReference:
+    """A copy of the network as it is at the start: for full fine-tuning, or to stay close to an `init_lora`."""
+    return _frozen
+
+
+def _frozen(pipe: LatentPipeline) -> Fixed:
     frozen = copy.copy(pipe)
     frozen.network = copy.deepcopy(pipe.network).requires_grad_(False).eval()
     if compiled(pipe.network):  # a copy is not; both are to run the same kernels
@@ -90,11 +94,12 @@ def frozen_copy(pipe: LatentPipeline) -> Fixed:
     return Fixed(frozen.predict, frozen.network)
 
 
-def none(pipe: LatentPipeline) -> None:
+def none() -> MakeReference:
     """Nobody: for methods that compare with nothing, such as SFT."""
+    return lambda pipe: None
 
 
-def ema(pipe: LatentPipeline, decay: float = 0.995, every: int = 1) -> Reference:
+def ema(decay: float = 0.995, every: int = 1) -> MakeReference:
     """An exponential moving average of the policy, updated every so many steps.
 
     Raises:
@@ -107,19 +112,21 @@ def ema(pipe: LatentPipeline, decay: float = 0.995, every: int = 1) -> Reference
         for name, value in policy.items():
             kept[name].lerp_(value, 1 - decay)
 
-    return Following(pipe, _every(every), move)
+    when = _every(every)
+    return lambda pipe: Following(pipe, when, move)
 
 
-def sync(pipe: LatentPipeline, every: int = 40) -> Reference:
+def sync(every: int = 40) -> MakeReference:
     """The policy as it was at the last multiple of `every` steps (online DPO, SPIN).
 
     Raises:
         ValueError: `every` below 1.
     """
-    return Following(pipe, _every(every), _replace)
+    when = _every(every)
+    return lambda pipe: Following(pipe, when, _replace)
 
 
-def stages(pipe: LatentPipeline, steps: list[int]) -> Reference:
+def stages(steps: list[int]) -> MakeReference:
     """The policy as it was at the start of the stage: it is taken anew after each of these numbers of steps.
 
     Raises:
@@ -127,15 +134,19 @@ def stages(pipe: LatentPipeline, steps: list[int]) -> Reference:
     """
     if not isinstance(steps, list) or not steps or not all(type(s) is int and s > 0 for s in steps):
         raise ValueError(f"reference.steps: expected a list such as [500, 1000], got {steps!r}")
-    return Following(pipe, lambda step: step in steps, _replace)
+    return lambda pipe: Following(pipe, lambda step: step in steps, _replace)
 
 
-def pool(pipe: LatentPipeline, every: int = 30, size: int = POOL_SIZE, seed: int = 0) -> Reference:
+def pool(every: int = 30, size: int = POOL_SIZE, seed: int = 0) -> MakeReference:
     """A random one of the policy's past checkpoints, another every so many steps (SePPO, arXiv 2410.05255).
+
+    The choice is among those before the newest, which is the policy itself at that moment; so for the first two
+    stretches it is the start. No training code was released, and the paper's counting allows both readings.
 
     Args:
         every: steps between two checkpoints, and for how long one is the reference.
-        size: most that are kept; the oldest but the start is then forgotten. Each is as large as what is trained.
+        size: most that are kept; the oldest but the start and the one in use is then forgotten. Each is as large as
+            what is trained.
         seed: of the choice.
 
     Raises:
@@ -145,7 +156,7 @@ def pool(pipe: LatentPipeline, every: int = 30, size: int = POOL_SIZE, seed: int
         raise ValueError(f"reference.size: expected room for one checkpoint at least, got {size}: an empty pool has no "
                          f"reference to offer")  # fmt: skip
     _every(every)
-    return Pool(pipe, every, size, seed)
+    return lambda pipe: Pool(pipe, every, size, seed)
 
 
 def trained_weights(pipe: LatentPipeline) -> dict[str, torch.nn.Parameter]:
@@ -160,13 +171,31 @@ def with_weights(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[s
     The storage is exchanged and nothing is copied, so a backward pass through earlier calls still finds its weights.
     """
     own = {name: parameter.data for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.data = values[name]
+    _put(parameters, values)
     try:
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        _put(parameters, own)
+
+
+def _put(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Autocast remembers a parameter's 16-bit copy by the parameter: what it remembers is of the old values."""
+    for name, parameter in parameters.items():
+        parameter.data = values[name]
+    torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """The network without dropout, as a reference and as what draws pictures; in its own mode again afterwards."""
+    if not network.training:
+        yield
+        return
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
 
 
 @final
@@ -182,7 +211,7 @@ class Following:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with with_weights(self.parameters, self.kept):
+        with evaluating(self.pipe.network), with_weights(self.parameters, self.kept):
             return self.pipe.predict(x_t, t, condition)
 
     def after_step(self, step: int) -> None:
@@ -208,7 +237,7 @@ class Pool:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with with_weights(self.parameters, self.kept[self.chosen]):
+        with evaluating(self.pipe.network), with_weights(self.parameters, self.kept[self.chosen]):
             return self.pipe.predict(x_t, t, condition)
 
     def after_step(self, step: int) -> None:

@@ -21,6 +21,9 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
         )
+    if Need.PROMPTS in method.needs and "name" not in config.data:
+        raise ValueError(f"method {config.method_name!r} needs prompts: set data: {{name: jsonl, path: ...}} with "
+                         f'lines such as {{"prompt": "a red circle"}}')  # fmt: skip
     if Need.REWARD in method.needs and not config.rewards:
         raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
     if Need.FIXED_REFERENCE in method.needs and config.reference_name in MOVING:
@@ -45,6 +48,17 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
         )
+
+
+def refuse_blind_stop(config: RunConfig, held_out: int) -> None:
+    """An early stop that has nothing to look at.
+
+    Raises:
+        ValueError: says what is missing.
+    """
+    if config.early_stopping_patience and not held_out:
+        raise ValueError("early_stopping_patience goes by held-out examples, and there are none: set a larger "
+                         "data.val_fraction, with at least two different prompts in the data")  # fmt: skip
 
 
 def refuse_graph(config: RunConfig, device: torch.device, processes: int) -> None:

@@ -47,6 +47,10 @@ class Selection(Protocol):
         """[n] ascending indices of the examples to draw from at a step, or None for all of them."""
         ...
 
+    def refuse(self, known: Known) -> None:
+        """Raises ValueError where this selection cannot work with these examples."""
+        ...
+
 
 @dataclass(frozen=True)
 class Everything:
@@ -58,36 +62,60 @@ class Everything:
     def chosen(self, step: int, known: Known) -> Tensor | None:
         return None
 
+    def refuse(self, known: Known) -> None:
+        """Works with any."""
+
 
 @dataclass(frozen=True)
 class Curriculum:
     """The examples with the largest score gaps first, then more and more: Curriculum-DPO, arXiv 2405.13637.
 
-    Stage k of `parts` has the k / parts share with the largest gaps; from the last stage on all of them.
+    Stage k of `parts` has the k / parts share with the largest gaps; from the last stage on all of them. What counts
+    as all may be narrowed, as the paper does for Pick-a-Pic (PickScore gaps above 0.02, the top 150,000).
 
     Args:
         parts: number of stages.
         every: optimizer steps of a stage.
+        least_gap: examples whose score gap is below this are never drawn.
+        most: at most so many are, those with the largest gaps.
 
     Raises:
-        ValueError: fewer than one of either.
+        ValueError: fewer than one of parts, every or most, or a negative gap; with the data, gaps that are all the
+            same, so that there is no order, or none as large as least_gap.
     """
 
     draws: ClassVar[int] = 0
 
     parts: int = 6
     every: int = 500
+    least_gap: float = 0.0
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if self.parts < 1 or self.every < 1:
             raise ValueError(f"selection: expected parts and every of at least 1, got {self.parts}, {self.every}")
+        if self.least_gap < 0 or (self.most is not None and self.most < 1):
+            raise ValueError(f"selection: expected least_gap of at least 0 and most of at least 1, got "
+                             f"{self.least_gap}, {self.most}")  # fmt: skip
 
     def chosen(self, step: int, known: Known) -> Tensor | None:
         stage = min(step // self.every + 1, self.parts)
-        if stage == self.parts:
-            return None
-        order = torch.sort(known.gaps, descending=True, stable=True).indices
-        return order[: math.ceil(len(order) * stage / self.parts)].sort().values
+        kept = self._kept(known.gaps)
+        return kept[: math.ceil(len(kept) * stage / self.parts)].sort().values
+
+    def refuse(self, known: Known) -> None:
+        gaps = known.gaps
+        if not len(self._kept(gaps)):
+            raise ValueError(f"selection: no example has a score gap of least_gap {self.least_gap}, the largest is "
+                             f"{gaps.max().item():.3g}")  # fmt: skip
+        if self.parts > 1 and (gaps == gaps[0]).all():
+            raise ValueError(f"selection: a curriculum orders examples by the gap of their scores, and all gaps here "
+                             f"are {gaps[0].item():.3g}: give the data scores (`diffalign label` does, by a reward), "
+                             f"or set selection: {{name: all}}")  # fmt: skip
+
+    def _kept(self, gaps: Tensor) -> Tensor:
+        order = torch.sort(gaps, descending=True, stable=True).indices
+        return order[: int((gaps >= self.least_gap).sum())][: self.most]
 
 
 @dataclass(frozen=True)
@@ -124,17 +152,26 @@ class ByMargin:
         sure = known.margins - known.deviations
         return torch.sort(sure, descending=True, stable=True).indices[: math.ceil(len(sure) * self.keep)].sort().values
 
+    def refuse(self, known: Known) -> None:
+        """Whether the method has a logit is seen at the first batch."""
+
 
 MOMENTUM = 0.5  # of a new measurement against the ones before: a policy that confirms itself should not run away
 
 
 @final
 class Chooser:
-    """A selection and what is known of the training examples."""
+    """A selection and what is known of the training examples.
+
+    Raises:
+        ValueError: a selection that cannot work with these examples.
+    """
 
     def __init__(self, selection: Selection, examples: Sequence[Example]) -> None:
         self.selection = selection
-        self.known = Known(torch.tensor([max(e.scores) - min(e.scores) for e in examples]))
+        # of a prompt alone there are no scores
+        self.known = Known(torch.tensor([max(e.scores, default=0.0) - min(e.scores, default=0.0) for e in examples]))
+        selection.refuse(self.known)
         self._kept: dict[int, tuple[int, ...] | None] = {}
 
     def chosen(self, step: int) -> tuple[int, ...] | None:

@@ -6,26 +6,21 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, patch_environment
 from torch import Tensor
 
-from diffalign import checkpoint as ckpt
 from diffalign.batches import Batches
 from diffalign.cache import Cache
-from diffalign.card import write_card
-from diffalign.config import RunConfig, as_dict, dump, load_config
-from diffalign.config import resolve as resolve_config
+from diffalign.config import RunConfig, load_config
 from diffalign.data.examples import Examples, load_examples
 from diffalign.data.views import view_of
-from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, whole, with_deepspeed
+from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
 from diffalign.methods.base import Method, Need, Score, no_reward
@@ -33,25 +28,18 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
-from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, trainable_in_fp32
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
-from diffalign.refusals import refuse, refuse_graph
+from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
+from diffalign.run_folder import RESUMED_CONFIG, claim_folder
 from diffalign.selection import SELECTIONS, Chooser
-from diffalign.table import bind, build
+from diffalign.table import build
 from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
-
-RESUMED_CONFIG = "config.yaml"
-# what may differ between a run and its continuation; everything else would make it another run
-FREE_ON_RESUME = {
-    "resume_from_checkpoint", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-    "validation_steps", "report_to", "output_dir", "cache_dir", "cpu", "validation_prompts", "rewards", "attention",
-    "gradient_checkpointing", "memory_gb", "compile", "cuda_graph",
-}  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -81,8 +69,8 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     resolved = load_config(config, overrides)
     method: Method = build(METHODS, resolved.method, what="method")
-    make_reference = partial(build, REFERENCES, resolved.reference, what="reference")
-    bind(REFERENCES, resolved.reference, what="reference", pipe=None)
+    make_reference: MakeReference = build(REFERENCES, resolved.reference, what="reference")
+    build(SELECTIONS, resolved.selection, what="selection")
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
@@ -105,6 +93,8 @@ def _prepare_claimed(
     accelerator.init_trackers("diffalign")
     examples = read_examples(resolved, method)
     refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
+    refuse_blind_stop(resolved, len(examples.validation))
+    chooser = Chooser(build(SELECTIONS, resolved.selection, what="selection"), examples.train)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
                          attention=resolved.attention)  # fmt: skip
@@ -114,7 +104,7 @@ def _prepare_claimed(
         pipe.process = at_timesteps(pipe.process, resolved.train_timesteps)
         low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
         pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
-    data = cached(pipe, examples, resolved, accelerator)
+    data = cached(pipe, examples, resolved, accelerator, chooser)
     draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
     score = scorer(pipe, resolved, accelerator.device) if Need.REWARD in method.needs else no_reward
     pipe.release()
@@ -155,37 +145,11 @@ def scorer(pipe: LatentPipeline, config: RunConfig, device: torch.device) -> Sco
     @torch.no_grad()
     def score(latents: Tensor, prompts: Sequence[str]) -> Tensor:
         with preferring(config.attention):
-            return rewards(to_pictures(decode(latents).clamp(0, 1).float().cpu()), list(prompts)).to(latents.device)
+            # few at a time, as a VAE needs; the rewards see them all, since some compare the pictures of a prompt
+            parts = [decode(part).clamp(0, 1).float().cpu() for part in latents.split(config.validation_batch_size)]
+            return rewards(to_pictures(torch.cat(parts)), list(prompts)).to(latents.device)
 
     return score
-
-
-def claim_folder(folder: Path, config: RunConfig) -> Path | None:
-    """Makes the run's folder and writes its config there; returns the checkpoint to go on from, if any.
-
-    Raises:
-        ValueError: the folder holds another run, or the run that is continued had another config.
-    """
-    stored = folder / RESUMED_CONFIG
-    checkpoint = ckpt.find_checkpoint(folder, config.resume_from_checkpoint)
-    if stored.is_file():
-        if config.resume_from_checkpoint is None:
-            raise ValueError(f"{folder} already holds a run: go on with it by resume_from_checkpoint=latest, "
-                             f"or choose another output_dir")  # fmt: skip
-        _same_run(as_dict(resolve_config(yaml.safe_load(stored.read_text()))), as_dict(config), folder)
-    elif config.resume_from_checkpoint not in (None, "latest"):
-        raise ValueError(f"{folder} holds no run to go on with ({RESUMED_CONFIG} is missing)")
-    folder.mkdir(parents=True, exist_ok=True)
-    dump(config, stored)
-    return checkpoint
-
-
-def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    different = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
-    if different:
-        key = different[0]
-        raise ValueError(f"{folder} holds a run with another {', '.join(different)} ({key}: {old.get(key)!r} there, "
-                         f"{new[key]!r} now): a resumed run keeps its config; choose another output_dir")  # fmt: skip
 
 
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
@@ -222,7 +186,9 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
 
 
-def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelerator: Accelerator) -> Batches:
+def cached(
+    pipe: LatentPipeline, examples: Examples, config: RunConfig, accelerator: Accelerator, chooser: Chooser
+) -> Batches:
     """Fills the cache on one rank while the others wait, then opens it on all."""
     everything = [*examples.train, *examples.validation]
     prompts = ["", *config.validation_prompts]
@@ -238,7 +204,7 @@ def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelera
     told = pipe.frame_condition if config.micro_conditioning == "data" else None
     return Batches(
         cache, examples.train, examples.validation, config.train_batch_size, config.validation_batch_size, config.seed,
-        pipe.latent_shape, told, Chooser(build(SELECTIONS, config.selection, what="selection"), examples.train),
+        pipe.latent_shape, told, chooser,
         sampled=config.posterior == "sample",
     )  # fmt: skip
 
@@ -276,38 +242,3 @@ def adamw(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.opti
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
-    """What a LoRA file says of where it comes from."""
-    return {
-        "base_model": config.pretrained_model_name_or_path,
-        "method": config.method,
-        "rank": config.lora.rank,
-        "data": config.data,
-        "data_sha256": data.fingerprint(),
-        "pairs": len(data.train),
-        "rewards": config.rewards,
-        "steps": steps,
-        "seed": config.seed,
-        "resolution": config.resolution,
-    }
-
-
-def save_result(
-    pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any], main: bool = True
-) -> None:
-    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model.
-
-    The main rank writes; the others must call this too, since the network may be in shards.
-    """
-    if config.train == "lora":
-        if main:
-            save_lora(pipe, folder, facts=facts)
-            write_card(folder)
-        return
-    state = whole(pipe.network.state_dict(), main)
-    if main:
-        model = load_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
-        model.network.load_state_dict(state)
-        model.save_pretrained(str(folder / "model"))

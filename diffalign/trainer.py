@@ -36,12 +36,14 @@ from diffalign.graphs import graphed
 from diffalign.methods.base import Batch, Method, Noised, Run
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.recall import recalling
+from diffalign.reference import evaluating
 from diffalign.resuming import restore, save
+from diffalign.run_folder import facts_of, save_result
 from diffalign.sampling import Policy
 from diffalign.schedules import learning_rate
 from diffalign.seeds import mix
 from diffalign.selection import Chooser
-from diffalign.startup import Prepared, adamw, facts_of, prepare_run, save_result
+from diffalign.startup import Prepared, adamw, prepare_run
 from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
 from diffalign.validation import check_identity, held_out_metrics, logits
 
@@ -80,7 +82,7 @@ class Trainer:
         self.data, self.score = prepared.data, prepared.score
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
-        self.reference = prepared.make_reference(pipe=self.pipe)
+        self.reference = prepared.make_reference(self.pipe)
         self.recall = recalling(self.config, self.reference, in_shards(self.accelerator))
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
@@ -115,7 +117,7 @@ class Trainer:
                 stopping = self._asked_to_stop(received)
                 self._after_step(last=stopping or self.step == last)
         if self.best.over:
-            log.info("stopped at step %d: what is held out was predicted best at step %d", self.step, self.best.step)
+            log.info("stopped at step %d: no validation was better than that at step %d", self.step, self.best.step)
         self._save_result()
         self.accelerator.end_training()
         return RunResult(self.folder, self.step, self.last, interrupted=stopping)
@@ -156,7 +158,7 @@ class Trainer:
         run = self._run(self.policy, seed)
         finite = []
         with accelerator.autocast():
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.wrapper):
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
             for number, batch in enumerate(batches, 1):
                 ends = micro + 1 == config.gradient_accumulation_steps and number == len(batches)
@@ -222,7 +224,7 @@ class Trainer:
             self._measure_margins(self.data.chooser)
         if validates:
             self._validate()
-        if saves:
+        if saves or self.best.over:
             save(self)
         if logs or validates or saves:
             self.pace = Pace(self.step)
@@ -239,7 +241,7 @@ class Trainer:
         seed = self.config.validation_seed
         batches = self.data.validation_batches(seed, self.accelerator.device)
 
-        with self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
+        with evaluating(self.pipe.network), self.ema.in_place(), self.accelerator.autocast(), torch.no_grad():
             values = held_out_metrics(self.method, partial(self._probe, seed), batches, self.accelerator)
             self.best.update(self.step, values)
             self._log(values | self.draw_samples(self.pipe, self.folder / "samples" / f"step-{self.step:06d}.png"))
@@ -251,7 +253,7 @@ class Trainer:
     def _measure_margins(self, chooser: Chooser) -> None:
         """The logits of all training examples, for a selection that goes by them."""
         seed, rows = self.config.seed, []
-        with self.accelerator.autocast(), torch.no_grad():
+        with evaluating(self.pipe.network), self.accelerator.autocast(), torch.no_grad():
             for draw in range(chooser.selection.draws):
                 latents = torch.Generator().manual_seed(mix(seed, draw, 0, 2))
                 batches = self.data.all_batches(self.data.train, latents, self.accelerator.device)

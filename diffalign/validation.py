@@ -38,7 +38,9 @@ def check_identity(config: RunConfig, method: Method, run: Run, batch: Batch) ->
 
     Raises:
         RuntimeError: by how much they differ, and the usual causes.
+        ValueError: a selection by margin of a method that has none.
     """
+    _refuse_without_logit(config, method, run, batch)
     if run.reference is None or Need.REFERENCE not in method.needs:
         return
     if config.init_lora and config.reference_name == "adapter_off":
@@ -58,6 +60,15 @@ def check_identity(config: RunConfig, method: Method, run: Run, batch: Batch) ->
             f"policy, an adapter that is not fresh, another dtype or attention kernel for one of the two"
         )
     log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
+
+
+@torch.no_grad()
+def _refuse_without_logit(config: RunConfig, method: Method, run: Run, batch: Batch) -> None:
+    if config.selection["name"] != "margin":
+        return
+    if "h" not in method.loss(run, method.prepare(run, batch)[0]).metrics:
+        raise ValueError(f"selection: margin goes by the logit h of pairs, and method {config.method_name!r} has none: "
+                         f"set selection: {{name: all}}, or a method of pairs such as dpo")  # fmt: skip
 
 
 def held_out_metrics(

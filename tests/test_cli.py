@@ -94,7 +94,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(run: Run, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "tiny-sd/dop"], "did you mean 'tiny-sd/dpo'?"),
+        (["train", "tiny-sd/dpoo"], "did you mean 'tiny-sd/dpo'?"),
         (["train", "tiny-sd/dpo", "--dry-run", "learnin_rate=1"], "did you mean 'learning_rate'?"),
         (["train", "tiny-sd/dpo", "--dry-run", "method=ppo"], "unknown method 'ppo'"),
         (["train", "tiny-sd/dpo", "--dry-run", "method.betta=1"], "did you mean 'beta'?"),

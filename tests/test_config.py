@@ -115,8 +115,8 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_config_lists_the_packaged_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown config 'tiny-sd/dop', did you mean 'tiny-sd/dpo'\?"):
-        find_config("tiny-sd/dop")
+    with pytest.raises(ValueError, match=r"unknown config 'tiny-sd/dpoo', did you mean 'tiny-sd/dpo'\?"):
+        find_config("tiny-sd/dpoo")
 
 
 def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_enough_pairs_and_a_single_process_are_not_refused() -> None:
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"train": "full"}, "zero_stage: 2 only"),
         (DEEPSPEED, {"train": "full", "mixed_precision": "fp16"}, "no or bf16, got fp16"),
         (FSDP2, {"train": "full", "mixed_precision": "fp16"}, "no or bf16, got fp16"),
+        (FSDP2, {"train": "full", "reference": {"name": "pool"}}, "reference 'pool' keeps whole weights"),
+        (DEEPSPEED, {"train": "full", "reference": {"name": "ema"}}, "reference 'ema' keeps whole weights"),
     ],
 )
 def test_launches_that_would_do_something_else_are_refused(

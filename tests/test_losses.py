@@ -5,7 +5,21 @@ import math
 import pytest
 import torch
 
-from diffalign.losses import LINKS, NEEDS_SMOOTHING, exo, hinge, ipo, log_ratio, nca, robust, sigmoid, squared_error
+from diffalign.losses import (
+    FLIPS,
+    LINKS,
+    NEEDS_SMOOTHING,
+    exo,
+    flip_sign,
+    hinge,
+    ipo,
+    log_ratio,
+    nca,
+    ranking_hinge,
+    robust,
+    sigmoid,
+    squared_error,
+)
 
 
 def d(*values: float) -> torch.Tensor:
@@ -35,6 +49,35 @@ def test_log_ratio_golden() -> None:
 )
 def test_links_golden(value: torch.Tensor, expected: float) -> None:
     assert value.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("m_w", "flip", "s", "loss"),
+    [
+        (0.1, "sign", 1, 0.3868710061),
+        (0.1003, "sign", -1, 0.9740769842),
+        (0.1003, "indicator", 0, 0.8259394198),  # h = -.25: softplus(.25)
+        (0.1003, "none", 1, 0.6931471806),  # h = 0
+    ],
+)
+def test_seppo_golden(m_w: float, flip: str, s: int, loss: float) -> None:
+    """r_w .1002, m_r .08, r_r .0799, beta 5000: the opponent's rho is -.25 and the winner's is .5 or -.25."""
+    rho_w, rho_r = log_ratio(d(m_w), d(0.1002), 5000), log_ratio(d(0.08), d(0.0799), 5000)
+    sign = flip_sign(d(m_w) - d(0.1002), flip)
+    assert sign.item() == s
+    assert sigmoid(rho_w, sign * rho_r).item() == pytest.approx(loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("flip", FLIPS)
+def test_at_the_reference_an_opponent_is_pushed_away(flip: str) -> None:
+    assert flip_sign(d(0.0, -0.0), flip).tolist() == [1, 1]
+    assert not flip_sign(d(1.0).requires_grad_(), flip).requires_grad
+
+
+def test_ranking_hinge_golden() -> None:
+    d_w, d_l = d(0.1000) - d(0.1002), d(0.1203) - d(0.1201)
+    assert ranking_hinge(d_w, d_l, 0.001).item() == pytest.approx(6.0e-4, abs=1e-12)
+    assert ranking_hinge(d_w, d_l, 0.0003).item() == 0
 
 
 def test_sigmoid_at_the_reference_is_ln_2() -> None:

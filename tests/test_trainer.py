@@ -341,7 +341,7 @@ def test_a_run_of_an_older_version_goes_on_where_new_keys_have_their_defaults(tm
         ({"rewards": {"shape": 1.0}, "validation_prompts": ["a red circle"]}, "did you mean 'shapes'"),
         ({"train": "full"}, "no adapter to switch off"),
         ({"train": "full", "reference": "frozen_copy", "init_lora": "x"}, "init_lora continues a LoRA"),
-        ({"method": "dop"}, "did you mean 'dpo'"),
+        ({"method": "dpoo"}, "did you mean 'dpo'"),
         ({"reference": "adapter_of"}, "did you mean 'adapter_off'"),
         ({"train_timesteps": [249, 1000]}, "expected times of the model, .* got 1000"),
         (

@@ -8,10 +8,19 @@ METHODS: dict[str, str] = {
     "inversion_dpo": "diffalign.methods.inversion_dpo:InversionDPO",
     "sft": "diffalign.methods.sft:SFT",
     "smpo": "diffalign.methods.smpo:SmPO",
+    "seppo": "diffalign.methods.seppo:SePPO",
+    "spin": "diffalign.methods.spin:SPIN",
+    "curriculum_dpo": "diffalign.methods.curriculum_dpo:CurriculumDPO",
+    "dro": "diffalign.methods.dro:DRO",
+    "online_dpo": "diffalign.methods.online_dpo:OnlineDPO",
 }
 
-# what a run's config says if its method is this one, unless it says otherwise itself
+# keys of a run's config that a method has unless the config has its own
 DEFAULTS: dict[str, dict[str, Any]] = {
     "inversion_dpo": {"posterior": "mean"},  # so that a picture is one latent, whose trajectory can be kept
     "sft": {"reference": {"name": "none"}},
+    "seppo": {"reference": {"name": "pool", "every": 30, "size": 8}},
+    "spin": {"reference": {"name": "sync", "every": 30}},
+    "curriculum_dpo": {"selection": {"name": "curriculum"}},
+    "online_dpo": {"reference": {"name": "sync", "every": 40}, "prompt_dropout": 0.0},
 }
