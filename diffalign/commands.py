@@ -38,6 +38,7 @@ from diffalign.selection import SELECTIONS
 from diffalign.startup import read_examples, weight_dtype
 from diffalign.table import bind, build, coerce, unknown
 from diffalign.trainer import train
+from diffalign.users import parse_users
 
 log = logging.getLogger("diffalign")
 
@@ -79,6 +80,7 @@ def dry_run(config: str, overrides: Sequence[str]) -> Result:
     method = build(METHODS, resolved.method, what="method")
     bind(REFERENCES, resolved.reference, what="reference", pipe=None)
     build(SELECTIONS, resolved.selection, what="selection")
+    parse_users(resolved.users)
     refuse(resolved, method)
     for label, section in resolved.rewards.items():
         check_reward(label, section)

@@ -8,7 +8,7 @@ from diffalign.config import RunConfig
 from diffalign.methods.base import Method, Need
 from diffalign.reference import MOVING
 
-SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS}  # what the trainer can give a method
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS, Need.USERS}  # what the trainer can give a method
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -20,6 +20,9 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             f"method {config.method_name!r} needs preference pairs: set data: {{name: pickapic, path: ...}}"
         )
+    if (config.train == "user") != (Need.USERS in method.needs):
+        raise ValueError(f"train: user and a method that is told of users go together, such as ppd; got train: "
+                         f"{config.train} and method {config.method_name!r}")  # fmt: skip
     if Need.REWARD in method.needs and not config.rewards:
         raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
     if config.reference_name in MOVING and config.cuda_graph:
@@ -33,9 +36,9 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
     if config.rewards and not config.validation_prompts and Need.REWARD not in method.needs:
         raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
-    if config.train == "full" and config.init_lora:
+    if config.train != "lora" and config.init_lora:
         raise ValueError(
-            "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
+            f"init_lora continues a LoRA, and train: {config.train} has none: set train: lora, or leave init_lora out"
         )
 
 

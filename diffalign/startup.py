@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, save_lora, trainable_in_fp32
+from diffalign.pipelines.user_adapter import attach_user_adapter, save_user_adapter
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.refusals import refuse, refuse_graph
@@ -41,6 +42,7 @@ from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.selection import SELECTIONS, Chooser
 from diffalign.table import bind, build
+from diffalign.users import FOLDER, divide, embed_users, parse_users
 from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
@@ -83,6 +85,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     method: Method = build(METHODS, resolved.method, what="method")
     make_reference = partial(build, REFERENCES, resolved.reference, what="reference")
     bind(REFERENCES, resolved.reference, what="reference", pipe=None)
+    parse_users(resolved.users)
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
@@ -104,6 +107,9 @@ def _prepare_claimed(
     """The rest of `prepare_run`, in a folder that is this run's."""
     accelerator.init_trackers("diffalign")
     examples = read_examples(resolved, method)
+    users: dict[str, Tensor] | None = None
+    if Need.USERS in method.needs:
+        examples, users = known_users(resolved, examples, folder, accelerator)
     refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
@@ -114,8 +120,8 @@ def _prepare_claimed(
         pipe.process = at_timesteps(pipe.process, resolved.train_timesteps)
         low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
         pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
-    data = cached(pipe, examples, resolved, accelerator)
-    draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
+    data = replace(cached(pipe, examples, resolved, accelerator), users=users)
+    draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator, users)
     score = scorer(pipe, resolved, accelerator.device) if Need.REWARD in method.needs else no_reward
     pipe.release()
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
@@ -124,7 +130,8 @@ def _prepare_claimed(
     refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     if in_shards(accelerator):
         pipe.network.to("cpu")  # only its shards go back to the device; a frozen copy is made here too
-    parameters = make_trainable(pipe, resolved)
+    width = next(iter(users.values())).shape[-1] if users else None
+    parameters = make_trainable(pipe, resolved, width)
     return Prepared(
         resolved,
         folder,
@@ -146,6 +153,18 @@ def read_examples(config: RunConfig, method: Method) -> Examples:
                              random_flip=config.random_flip, seed=config.seed)  # fmt: skip
     log.info(examples.summary())
     return examples
+
+
+def known_users(
+    config: RunConfig, examples: Examples, folder: Path, accelerator: Accelerator
+) -> tuple[Examples, dict[str, Tensor]]:
+    """What is left to train on without the users' shots, and each user's tokens, which are in the run's folder."""
+    count, section = parse_users(config.users)
+    divided = divide(examples, count)
+    log.info(divided.summary(count))
+    with accelerator.main_process_first():
+        tokens = embed_users(divided.shots, section, folder / FOLDER, accelerator.device)
+    return divided.examples, tokens
 
 
 def scorer(pipe: LatentPipeline, config: RunConfig, device: torch.device) -> Score:
@@ -242,8 +261,13 @@ def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelera
     )  # fmt: skip
 
 
-def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:
-    """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32."""
+def make_trainable(
+    pipe: LatentPipeline, config: RunConfig, user_width: int | None = None
+) -> list[torch.nn.Parameter]:
+    """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32.
+
+    `user_width`: of the users' tokens, for train: user.
+    """
     if config.gradient_checkpointing:
         pipe.network.enable_gradient_checkpointing()
     if config.compile:
@@ -251,6 +275,9 @@ def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Par
     if config.train == "full":
         pipe.network.requires_grad_(True)
         return trainable_in_fp32(pipe)
+    if config.train == "user":
+        assert user_width is not None
+        return attach_user_adapter(pipe, user_width, config.seed)
     if config.init_lora:
         load_lora(pipe, config.init_lora, trainable=True)
         return trainable_in_fp32(pipe)
@@ -290,16 +317,21 @@ def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
         "steps": steps,
         "seed": config.seed,
         "resolution": config.resolution,
+        **({"users": config.users} if config.train == "user" else {}),
     }
 
 
 def save_result(
     pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any], main: bool = True
 ) -> None:
-    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model.
+    """folder/pytorch_lora_weights.safetensors, user_adapter.safetensors, or the whole model as a stock folder in folder/model.
 
     The main rank writes; the others must call this too, since the network may be in shards.
     """
+    if config.train == "user":
+        if main:
+            save_user_adapter(pipe, folder, facts)
+        return
     if config.train == "lora":
         if main:
             save_lora(pipe, folder, facts=facts)

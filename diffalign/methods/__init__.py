@@ -5,9 +5,11 @@ from typing import Any
 METHODS: dict[str, str] = {
     "dpo": "diffalign.methods.dpo:DPO",
     "sft": "diffalign.methods.sft:SFT",
+    "ppd": "diffalign.methods.ppd:PPD",
 }
 
-# sections of a run's config that a method has unless the config has its own
-DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+# keys of a run's config that a method has unless the config has its own
+DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"reference": {"name": "none"}},
+    "ppd": {"train": "user"},
 }

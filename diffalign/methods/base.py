@@ -29,6 +29,7 @@ class Need(enum.Enum):
     REWARD_GRADIENT = "a reward with gradients"
     REFERENCE = "a reference"
     SNAPSHOTS = "past checkpoints"
+    USERS = "who preferred (train: user)"
     STOCHASTIC_SAMPLER = "a stochastic sampler"
 
 
