@@ -20,13 +20,14 @@ VARIANTS = {
     "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
     "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
     "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
+    "ppd-x0": {"name": "ppd", "timestep_weight": "x0"},
 }  # fmt: skip
 BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
 
 
 def method(variant: str) -> Method:
     section = dict(VARIANTS[variant])
-    if section["name"] == "dpo":
+    if section["name"] in ("dpo", "ppd"):
         section.setdefault("beta", BETA)
     return build(METHODS, section, what="method")
 
@@ -41,7 +42,8 @@ def pairs(count: int, seed: int = 0, label: float = 1.0) -> Batch:
     prompt = torch.arange(count) % 2
     side = (1.0 - 2.0 * prompt).view(-1, 1)
     noise = torch.randn(2, count, 3, generator=g) * 0.3
-    return pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+    condition = {"prompt": prompt, "user": torch.ones(count, 1, 2)}  # the toy is told of users, and does not listen
+    return pair_batch(side + noise[0], -side + noise[1], condition, torch.full((count,), label))
 
 
 def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
@@ -94,7 +96,7 @@ def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, k
                 torch.testing.assert_close(alone.metrics[name][0], values[index], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("dpo")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith(("dpo", "ppd"))])
 def test_at_the_reference_the_logit_is_exactly_zero(variant: str) -> None:
     policy, reference = networks("vp", "epsilon")
     state, rule = run(policy, reference), method(variant)
