@@ -17,7 +17,14 @@ from diffalign.config import RunConfig
 from diffalign.counting import Count, counted
 from diffalign.methods import METHODS
 from diffalign.methods.base import Need
-from diffalign.pipelines.architectures import BLOCKS, attach_meta_lora, example_call, meta_network, network_config
+from diffalign.pipelines.architectures import (
+    BLOCKS,
+    attach_meta_lora,
+    attach_meta_user,
+    example_call,
+    meta_network,
+    network_config,
+)
 from diffalign.table import resolve
 
 
@@ -41,6 +48,7 @@ CARDS: dict[str, Card] = {  # from the makers' data sheets
 }
 ADAM = 16  # bytes a trained parameter: fp32 weight and gradient, and Adam's two moments
 PICTURES = 2  # of a pair
+USER_WIDTHS = {"clip": 3 * 768, "vlm": 3584}  # of a token, by embedder: CLIP ViT-L, a language model of 7B
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     if full:
         network.requires_grad_(True)
         trained = parameters
+    elif config.train == "user":
+        trained = attach_meta_user(network, USER_WIDTHS.get(str(config.users["name"]), max(USER_WIDTHS.values())))
     else:
         trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
     step, kept = _forward_and_backward(network, config.resolution, bool(config.gradient_checkpointing))
