@@ -72,8 +72,9 @@ def write_pairs(path: Path, count: int, seed: int) -> None:
         grounds = two_grounds(scene, seed + number)
         for user in TASTES:
             first, second = rng.sample(sorted(grounds), 2)
-            rows.append({"caption": str(scene), "jpg_0": _png(grounds[first]), "jpg_1": _png(grounds[second]),
-                         "label_0": float(first == user), "label_1": float(second == user), "user_id": user})  # fmt: skip
+            labels = {"label_0": float(first == user), "label_1": float(second == user)}
+            pictures = {"jpg_0": _png(grounds[first]), "jpg_1": _png(grounds[second])}
+            rows.append({"caption": str(scene), **pictures, **labels, "user_id": user})
     partial = path.with_name(path.name + ".partial")
     pq.write_table(pa.Table.from_pylist(rows), partial)
     partial.replace(path)
@@ -95,9 +96,7 @@ def drawn(pipe: LatentPipeline, scenes: list[Scene], user: Tensor | None, guidan
     return to_pictures(generate(pipe, prompts, seeds=seeds, batch_size=32, guidance_scale=guidance, user=user))
 
 
-def measured(
-    pictures: dict[str, list[Image.Image]], scenes: list[Scene], seed: int
-) -> dict[str, dict[str, Any]]:
+def measured(pictures: dict[str, list[Image.Image]], scenes: list[Scene], seed: int) -> dict[str, dict[str, Any]]:
     """Per row: wins of both tastes over the base, the verifier's pass rate and the share of light pictures."""
     found: dict[str, dict[str, Any]] = {}
     for name, own in pictures.items():

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from diffalign.evaluation import evaluate
     from diffalign.generation import generate
     from diffalign.pipelines import load_pipeline
-    from diffalign.rewards import load_reward, load_rewards
     from diffalign.pipelines.user_adapter import load_user_adapter
+    from diffalign.rewards import load_reward, load_rewards
     from diffalign.trainer import train
     from diffalign.users import embed_user, load_user
 

@@ -8,7 +8,8 @@ from diffalign.config import RunConfig
 from diffalign.methods.base import Method, Need
 from diffalign.reference import MOVING
 
-SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS, Need.USERS}  # what the trainer can give a method
+# what the trainer can give a method
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS, Need.USERS}
 
 
 def refuse(config: RunConfig, method: Method) -> None:

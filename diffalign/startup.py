@@ -261,9 +261,7 @@ def cached(pipe: LatentPipeline, examples: Examples, config: RunConfig, accelera
     )  # fmt: skip
 
 
-def make_trainable(
-    pipe: LatentPipeline, config: RunConfig, user_width: int | None = None
-) -> list[torch.nn.Parameter]:
+def make_trainable(pipe: LatentPipeline, config: RunConfig, user_width: int | None = None) -> list[torch.nn.Parameter]:
     """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32.
 
     `user_width`: of the users' tokens, for train: user.
@@ -324,7 +322,7 @@ def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
 def save_result(
     pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any], main: bool = True
 ) -> None:
-    """folder/pytorch_lora_weights.safetensors, user_adapter.safetensors, or the whole model as a stock folder in folder/model.
+    """folder/pytorch_lora_weights.safetensors or user_adapter.safetensors, or the whole model in folder/model.
 
     The main rank writes; the others must call this too, since the network may be in shards.
     """

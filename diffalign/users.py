@@ -1,7 +1,7 @@
 """Whom a picture is for: users of preference data, the few pairs that say what each likes, and their embeddings.
 
-A user's embedding u [N, D] is made once, before training, of N of the user's own pairs (the shots), by a row of `USERS`.
-The shots are taken from the training split and are not trained on, nor is another row of that user with the same two
+A user's embedding u [N, D] is made once, before training, of a few of the user's own pairs (the shots), by a row of
+`USERS`. The shots are taken from the training split and are not trained on, nor is another row of that user with the same two
 pictures; the held-out split has other prompts, so it never sees them either. A prompt of a shot may come again with
 other pictures, and its pictures under another user, who says something else of them. Which pairs are shots follows
 from their content, not from their order in a file.
@@ -143,9 +143,7 @@ def embed_users(
     return found
 
 
-def embed_user(
-    shots: Sequence[Shot], section: Section = "clip", device: torch.device | str = "cpu"
-) -> Tensor:
+def embed_user(shots: Sequence[Shot], section: Section = "clip", device: torch.device | str = "cpu") -> Tensor:
     """The tokens [N, D] of somebody new: as many shots, and the same section, as in the run that made the adapter.
 
     Raises:
@@ -240,5 +238,3 @@ def _facts(file: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
-
-

@@ -88,7 +88,9 @@ class VLMUsers:
         layers = int(self.model.config.get_text_config().num_hidden_layers)
         self.layer = layers // 2 if layer is None else layer
         if not -layers - 1 <= self.layer <= layers:
-            raise ValueError(f"users.layer: expected one of {layers} layers, from {-layers - 1} to {layers}, got {layer}")
+            raise ValueError(
+                f"users.layer: expected one of {layers} layers, from {-layers - 1} to {layers}, got {layer}"
+            )
         self.tokens, self.question = tokens, question
 
     @torch.no_grad()

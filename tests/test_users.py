@@ -12,9 +12,9 @@ from PIL import Image
 from tiny_qwen import qwen25_vl
 
 from diffalign.data.examples import Examples
+from diffalign.data.options import DataOptions, Framing
 from diffalign.data.records import ImageSource, PreferenceRecord
 from diffalign.data.views import Example, view_of
-from diffalign.data.options import DataOptions, Framing
 from diffalign.rewards.user_embeddings import VLMUsers
 from diffalign.users import Shot, divide, embed_user, embed_users, load_user, parse_users, save_user
 
@@ -92,7 +92,9 @@ def test_opposite_tastes_have_opposite_directions_in_the_space_of_a_clip() -> No
     torch.testing.assert_close(embed_user(shots(1)), light[:1], rtol=0, atol=1e-5)  # a token is of its shot alone
 
 
-def test_embeddings_are_kept_and_made_again_only_for_other_shots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_kept_and_made_again_only_for_other_shots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     divided = divide(examples({"a": 5, "b/ä": 5}), 4)
     section = parse_users({"name": "clip"})[1]
     first = embed_users(divided.shots, section, tmp_path)

@@ -117,8 +117,8 @@ def pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> l
 def user_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
     """Pairs of somebody in particular (PPD)."""
     if record.user is None:
-        raise ValueError("the row does not say who preferred: give it a user (user_id in Pick-a-Pic's columns), or train "
-                         "without users (dpo)")  # fmt: skip
+        raise ValueError("the row does not say who preferred: give it a user (user_id in Pick-a-Pic's columns), or "
+                         "train without users (dpo)")  # fmt: skip
     return pairs(record, options, framing)
 
 

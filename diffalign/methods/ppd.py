@@ -2,9 +2,9 @@
 
     L = softplus(-h),   h = -(beta / 2) [(m_w - r_w) - (m_l - r_l)]
 
-Diffusion-DPO in which the policy is told whose preference it is: m is the error of f(x_t, t, c, u), r that of the frozen
-base without u. u [N, D] is made of N = 4 pairs of the user (`diffalign.users`), and only the keys and values of a second
-cross-attention to it are trained (`train: user`, pipelines/user_attention.py).
+Diffusion-DPO in which the policy is told whose preference it is: m is the error of f(x_t, t, c, u), r that of the
+frozen base without u. u [N, D] is made of N = 4 pairs of the user (`diffalign.users`), and only the keys and values of
+a second cross-attention to it are trained (`train: user`, pipelines/user_attention.py).
 
 No code was released; what the paper leaves open, or what is another here, on purpose:
 - Stable Diffusion, XL and 3 in place of Stable Cascade's stage C, whose blocks have the same cross-attention;

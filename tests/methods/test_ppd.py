@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import PROCESSES, ROWS, Denoiser
 from torch import Tensor
+from toy import PROCESSES, ROWS, Denoiser
 
 from diffalign.methods.base import Batch, Run, pair_batch
 from diffalign.methods.dpo import DPO
@@ -112,7 +112,11 @@ def test_a_batch_without_users_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
-    [({"beta": 0}, "method.beta"), ({"user_dropout": 1}, "user_dropout"), ({"time_low": 0.5, "time_high": 0.5}, "time_low")],
+    [
+        ({"beta": 0}, "method.beta"),
+        ({"user_dropout": 1}, "user_dropout"),
+        ({"time_low": 0.5, "time_high": 0.5}, "time_low"),
+    ],
 )
 def test_bad_values_are_named(keywords: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
