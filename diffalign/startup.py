@@ -42,7 +42,7 @@ from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.selection import SELECTIONS, Chooser
 from diffalign.table import bind, build
-from diffalign.users import FOLDER, divide, embed_users, parse_users
+from diffalign.users import known_users, parse_users
 from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
@@ -109,7 +109,8 @@ def _prepare_claimed(
     examples = read_examples(resolved, method)
     users: dict[str, Tensor] | None = None
     if Need.USERS in method.needs:
-        examples, users = known_users(resolved, examples, folder, accelerator)
+        with accelerator.main_process_first():
+            examples, users = known_users(resolved.users, examples, folder, accelerator.device)
     refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
@@ -153,18 +154,6 @@ def read_examples(config: RunConfig, method: Method) -> Examples:
                              random_flip=config.random_flip, seed=config.seed)  # fmt: skip
     log.info(examples.summary())
     return examples
-
-
-def known_users(
-    config: RunConfig, examples: Examples, folder: Path, accelerator: Accelerator
-) -> tuple[Examples, dict[str, Tensor]]:
-    """What is left to train on without the users' shots, and each user's tokens, which are in the run's folder."""
-    count, section = parse_users(config.users)
-    divided = divide(examples, count)
-    log.info(divided.summary(count))
-    with accelerator.main_process_first():
-        tokens = embed_users(divided.shots, section, folder / FOLDER, accelerator.device)
-    return divided.examples, tokens
 
 
 def scorer(pipe: LatentPipeline, config: RunConfig, device: torch.device) -> Score:

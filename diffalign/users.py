@@ -1,8 +1,8 @@
 """Whom a picture is for: users of preference data, the few pairs that say what each likes, and their embeddings.
 
 A user's embedding u [N, D] is made once, before training, of a few of the user's own pairs (the shots), by a row of
-`USERS`. The shots are taken from the training split and are not trained on, nor is another row of that user with the same two
-pictures; the held-out split has other prompts, so it never sees them either. A prompt of a shot may come again with
+`USERS`. The shots are taken from the training split and are not trained on, nor is another row of that user with the
+same two pictures; the held-out split has other prompts, so it never sees them either. A prompt of a shot may come again with
 other pictures, and its pictures under another user, who says something else of them. Which pairs are shots follows
 from their content, not from their order in a file.
 """
@@ -121,6 +121,20 @@ def divide(examples: Examples, count: int) -> Divided:
         validation=tuple(example for example in examples.validation if _user(example) in shots),
     )
     return Divided(kept, shots, dict(dropped))
+
+
+def known_users(
+    section: Section, examples: Examples, folder: Path, device: torch.device | str
+) -> tuple[Examples, dict[str, Tensor]]:
+    """(what is left to train on, tokens [N, D] by user, which are in the run's folder too) of a config's `users`.
+
+    Raises:
+        ValueError: no user with enough pairs, or an embedder that is not to be had.
+    """
+    count, own = parse_users(section)
+    divided = divide(examples, count)
+    log.info(divided.summary(count))
+    return divided.examples, embed_users(divided.shots, own, folder / FOLDER, device)
 
 
 def embed_users(

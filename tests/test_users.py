@@ -97,14 +97,15 @@ def test_embeddings_are_kept_and_made_again_only_for_other_shots(
 ) -> None:
     divided = divide(examples({"a": 5, "b/ä": 5}), 4)
     section = parse_users({"name": "clip"})[1]
-    first = embed_users(divided.shots, section, tmp_path)
+    folder = tmp_path / "users"
+    first = embed_users(divided.shots, section, folder)
     monkeypatch.setattr("diffalign.users.build", None)  # would fail if it were called
-    again = embed_users(divided.shots, section, tmp_path)
+    again = embed_users(divided.shots, section, folder)
     assert all(torch.equal(first[user], again[user]) for user in first)
-    assert torch.equal(load_user("b/ä", tmp_path.parent), first["b/ä"]) if tmp_path.name == "users" else True
+    assert torch.equal(load_user("b/ä", tmp_path), first["b/ä"])
     monkeypatch.undo()
     swapped = {"a": divided.shots["b/ä"][::-1]}
-    assert not torch.equal(embed_users(swapped, section, tmp_path)["a"], first["a"])
+    assert not torch.equal(embed_users(swapped, section, folder)["a"], first["a"])
 
 
 def test_a_user_is_found_by_file_or_by_name_and_else_named(tmp_path: Path) -> None:
