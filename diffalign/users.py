@@ -2,8 +2,8 @@
 
 A user's embedding u [N, D] is made once, before training, of a few of the user's own pairs (the shots), by a row of
 `USERS`. The shots are taken from the training split and are not trained on, nor is another row of that user with the
-same two pictures; the held-out split has other prompts, so it never sees them either. A prompt of a shot may come again with
-other pictures, and its pictures under another user, who says something else of them. Which pairs are shots follows
+same two pictures; the held-out split has other prompts, so it never sees them either. A prompt of a shot may come again
+with other pictures, and its pictures under another user, who says something else of them. Which pairs are shots follows
 from their content, not from their order in a file.
 """
 
