@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from diffalign.evaluation import evaluate
     from diffalign.generation import generate
     from diffalign.pipelines import load_pipeline
+    from diffalign.pipelines.user_adapter import load_user_adapter
     from diffalign.rewards import load_reward, load_rewards
     from diffalign.trainer import train
+    from diffalign.users import embed_user, load_user
 
-__all__ = ["evaluate", "generate", "load_pipeline", "load_reward", "load_rewards", "train"]
+__all__ = [
+    "embed_user",
+    "evaluate",
+    "generate",
+    "load_pipeline",
+    "load_reward",
+    "load_rewards",
+    "load_user",
+    "load_user_adapter",
+    "train",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -24,6 +36,9 @@ _HOMES = {
     "load_pipeline": "diffalign.pipelines",
     "load_reward": "diffalign.rewards",
     "load_rewards": "diffalign.rewards",
+    "load_user": "diffalign.users",
+    "load_user_adapter": "diffalign.pipelines.user_adapter",
+    "embed_user": "diffalign.users",
     "train": "diffalign.trainer",
 }
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from diffalign.data.examples import epoch_order
 from diffalign.data.images import Frame
 from diffalign.data.views import Example
 from diffalign.methods.base import Batch
+from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.process import moved
 from diffalign.sampling import Condition
 from diffalign.selection import Chooser
@@ -38,6 +39,7 @@ class Batches:
     frame_condition: FrameCondition | None = None  # what the network is told of an example beside its prompts
     chooser: Chooser | None = None  # which training examples are drawn from; None: all
     sampled: bool = True  # latents are draws from their posteriors; else the means
+    users: Mapping[str, Tensor] | None = None  # tokens [N, D] of each example's user, where the policy is told of them
 
     @functools.cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
@@ -49,6 +51,8 @@ class Batches:
         digest = hashlib.sha256()
         for example in self.train:
             digest.update(f"{example.cache_keys()} {example.prompts!r} {example.label} {example.scores}".encode())
+            if self.users is not None:
+                digest.update(f"{example.record.user!r}".encode())
         return digest.hexdigest()
 
     def batch(
@@ -83,6 +87,7 @@ class Batches:
         """`dropped`: which examples lose their prompts, all members at once."""
         moments = [self.cache.moments(example) for example in examples]
         told = self.frame_condition([example.frame for example in examples]) if self.frame_condition else {}
+        tokens = self._tokens(examples)
         members: list[Tensor] = []
         conditions: list[Condition] = []
         for place in range(len(examples[0].prompts)):
@@ -92,13 +97,13 @@ class Batches:
                 drawn = members[0] if same else self._latents([m[place] for m in moments], generator)
                 members.append(moved(drawn, device))
             prompts = ["" if drop else e.prompts[place] for e, drop in zip(examples, dropped, strict=True)]
-            conditions.append(self._condition(prompts, told, device))
+            conditions.append(self._condition(prompts, with_user(told, tokens), device))
         return Batch(
             tuple(members),
             tuple(conditions),
             label=moved(torch.tensor([example.label for example in examples]), device),
             scores=moved(torch.tensor([example.scores for example in examples]), device),
-            negative=self._condition([""] * len(examples), told, device),
+            negative=self._condition([""] * len(examples), for_nobody(told, tokens), device),
             signs=_signs(examples, device),
             prompts=tuple(example.prompt for example in examples),
             shape=self.latent_shape(*examples[0].crop.size),
@@ -107,6 +112,10 @@ class Batches:
     def _latents(self, moments: Sequence[dict[str, Tensor]], generator: torch.Generator) -> Tensor:
         drawn = _posterior_sample(moments, generator)
         return drawn if self.sampled else torch.stack([m["mean"] for m in moments]).float()
+
+    def _tokens(self, examples: Sequence[Example]) -> Tensor | None:
+        """[B, N, D], or None where nobody is told of users."""
+        return None if self.users is None else torch.stack([self.users[str(e.record.user)] for e in examples])
 
     def _condition(self, prompts: Sequence[str], told: Condition, device: torch.device) -> Condition:
         return {name: moved(value, device) for name, value in (self.cache.condition(prompts) | told).items()}

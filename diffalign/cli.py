@@ -32,6 +32,8 @@ from diffalign.cli_options import (
     Reward,
     Set,
     Steps,
+    User,
+    UserAdapter,
     Weights,
 )
 from diffalign.cli_preferences import compare, label
@@ -98,6 +100,8 @@ def cache(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 def generate(
     model: Model = "tiny-sd",
     lora: Lora = None,
+    user_adapter: UserAdapter = None,
+    user: User = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
@@ -117,7 +121,8 @@ def generate(
         rows = arguments.read_prompt_options(prompt or [], prompts)
         sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
         place = arguments.default_device(device)
-        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention)
+        told = commands.Told(user_adapter, user)
+        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told)
     show(result, as_json)
 
 
@@ -168,6 +173,8 @@ app.command()(compare)
 def evaluate(
     model: Model = "tiny-sd",
     lora: Lora = None,
+    user_adapter: UserAdapter = None,
+    user: User = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
     reward: Reward = None,
@@ -191,7 +198,8 @@ def evaluate(
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
         sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
-        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention)
+        told = commands.Told(user_adapter, user)
+        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told)
     show(result, as_json)
 
 

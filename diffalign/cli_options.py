@@ -13,6 +13,12 @@ Overrides = Annotated[
 ]
 Model = Annotated[str, typer.Option(help="A diffusers folder, a hub id, or a shipped model such as tiny-sd.")]
 Lora = Annotated[str | None, typer.Option(help="A LoRA file, or the folder of a training run.")]
+UserAdapter = Annotated[
+    str | None, typer.Option("--user-adapter", help="A user adapter, or the folder of a run with train: user.")
+]
+User = Annotated[
+    str | None, typer.Option("--user", help="Whom to draw for: a user's embedding, or the name of one of that run.")
+]
 Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]
 Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME=WEIGHT; as often as you like.")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from diffalign import demo as demo_run
 from diffalign.arguments import default_device
@@ -27,6 +28,7 @@ from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.export import export_lora
 from diffalign.pipelines.lora import load_lora
+from diffalign.pipelines.user_adapter import load_user_adapter
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
 from diffalign.refusals import refuse
@@ -37,6 +39,7 @@ from diffalign.selection import SELECTIONS
 from diffalign.startup import read_examples, weight_dtype
 from diffalign.table import bind, build, coerce, unknown
 from diffalign.trainer import train
+from diffalign.users import load_user, parse_users
 from diffalign.writing import write_text
 
 log = logging.getLogger("diffalign")
@@ -52,6 +55,24 @@ class Sampling:
     guidance_scale: float
     seed: int
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """Whom pictures are for, as the command line names it: a user adapter, and a user's file or name."""
+
+    adapter: str | None = None
+    user: str | None = None
+
+    def tokens(self) -> Tensor | None:
+        """[N, D] of the user, or None where none is named.
+
+        Raises:
+            ValueError: one of the two without the other, or a user who is not there.
+        """
+        if (self.adapter is None) != (self.user is None):
+            raise ValueError("--user-adapter and --user go together: whom to draw for, and the adapter that knows how")
+        return None if self.user is None else load_user(self.user, self.adapter)
 
 
 def run_demo(out: Path, quick: bool, seed: int) -> Result:
@@ -79,6 +100,7 @@ def dry_run(config: str, overrides: Sequence[str]) -> Result:
     method = build(METHODS, resolved.method, what="method")
     build(REFERENCES, resolved.reference, what="reference")
     build(SELECTIONS, resolved.selection, what="selection")
+    parse_users(resolved.users)
     refuse(resolved, method)
     for label, section in resolved.rewards.items():
         check_reward(label, section)
@@ -138,15 +160,19 @@ def draw_pictures(
     out: Path,
     device: str,
     attention: str,
+    told: Told = Told(),
 ) -> Result:
     """Pictures 00000.png ... in a new or empty folder, listed in generations.jsonl with their prompts and seeds."""
     if images_each < 1 or sampling.batch_size < 1:
         raise ValueError("expected --num-images and --batch-size of at least 1")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
+    user = told.tokens()
     pipe = load_pipeline(model, device=device, attention=attention)
     if lora:
         load_lora(pipe, lora)
+    if told.adapter:
+        load_user_adapter(pipe, told.adapter)
     texts = [prompt.text for prompt in prompts for _ in range(images_each)]
     rows: list[dict[str, Any]] = [
         {"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)
@@ -162,6 +188,7 @@ def draw_pictures(
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 batch_size=len(some),
+                user=user,
             )
             for row, picture in zip(some, to_pictures(pixels), strict=True):
                 picture.save(out / row["image"])
@@ -172,9 +199,10 @@ def draw_pictures(
 
 def compare_models(
     model: str, lora: str | None, prompts: Sequence[Prompt], rewards: Weighted, seeds: int,
-    sampling: Sampling, out: Path | None, device: str, attention: str,
+    sampling: Sampling, out: Path | None, device: str, attention: str, told: Told = Told(),
 ) -> Result:  # fmt: skip
-    """Base against LoRA on the same prompts and seeds; the base alone without a LoRA."""
+    """Base against LoRA or user adapter, or both, on the same prompts and seeds; without either the base alone."""
+    user = told.tokens()
     pipe = load_pipeline(model, device=device, attention=attention)
     with progress_bar("drawing and scoring", len(prompts) * seeds) as advance, preferring(attention):
         report = evaluate(
@@ -182,6 +210,8 @@ def compare_models(
             prompts,
             rewards,
             lora=lora,
+            user_adapter=told.adapter,
+            user=user,
             seeds_per_prompt=seeds,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
@@ -192,7 +222,7 @@ def compare_models(
         )
     if lora and (Path(lora) / CONFIG).is_file():
         add_evaluation(Path(lora), report)
-    columns = ("base", "aligned", "gain", "win_rate") if lora else ("base",)
+    columns = ("base", "aligned", "gain", "win_rate") if lora or told.user else ("base",)
     rows = [
         (group, name, *(_with_interval(row, column) for column in columns))
         for group, table in _groups(report)

@@ -30,7 +30,7 @@ if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
     PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "train": ("lora", "full"),
+    "train": ("lora", "full", "user"),
     "micro_conditioning": ("data", "fixed"),
     "posterior": ("sample", "mean"),
     "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
@@ -69,13 +69,14 @@ class RunConfig:
 
     posterior: str = "sample"  # sample | mean: of the VAE's latents of a picture; or as the method has it
 
-    train: str = "lora"  # lora | full
+    train: str = "lora"  # lora | full | user (the second cross-attention of ppd)
     lora: LoraConfig = field(default_factory=LoraConfig)
     init_lora: str | None = None  # continue this LoRA instead of a fresh one
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
     train_timesteps: list[int] | None = None  # train at these times of the network alone: [249, 499, 749, 999] of Turbo
     reference: dict[str, Any] = field(default_factory=lambda: {"name": "adapter_off"})  # or as the method has it
     selection: dict[str, Any] = field(default_factory=lambda: {"name": "all"})  # of the training examples, or likewise
+    users: dict[str, Any] = field(default_factory=lambda: {"name": "clip"})  # of train: user: embedder, shots
     rewards: dict[str, Any] = field(default_factory=dict)  # name: weight, or name: {weight, keywords}
 
     train_batch_size: int = 4  # pairs per device and microbatch
@@ -198,7 +199,7 @@ def dump(config: RunConfig, path: Path) -> None:
 def _checked(key: str, value: Any, hint: Any) -> Any:
     if key == "lora":
         return _lora(value)
-    if key in ("method", "reference", "selection", "data"):
+    if key in ("method", "reference", "selection", "data", "users"):
         name, keywords = split_section(value, key)
         return {"name": name, **keywords}
     if key == "validation_prompts":

@@ -43,7 +43,7 @@ def refuse_launch(config: RunConfig, accelerator: Accelerator) -> None:
         raise ValueError(f"{started} processes were started, but they do not see each other and each would train "
                          f"alone: without a GPU, set cpu=true")  # fmt: skip
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)
-    if dealt_out and config.train == "lora":
+    if dealt_out and config.train != "full":
         raise ValueError("FSDP2 and DeepSpeed are for train: full; a LoRA is small enough for every process: launch "
                          "it with configs/accelerate/ddp.yaml")  # fmt: skip
     if dealt_out and config.reference_name in MOVING:

@@ -18,7 +18,14 @@ from diffalign.config import RunConfig
 from diffalign.counting import Count, counted
 from diffalign.methods import METHODS
 from diffalign.methods.base import Need
-from diffalign.pipelines.architectures import BLOCKS, attach_meta_lora, example_call, meta_network, network_config
+from diffalign.pipelines.architectures import (
+    BLOCKS,
+    attach_meta_lora,
+    attach_meta_user,
+    example_call,
+    meta_network,
+    network_config,
+)
 from diffalign.reference import MOVING, POOL_SIZE
 from diffalign.table import build, split_section
 
@@ -44,6 +51,7 @@ CARDS: dict[str, Card] = {  # from the makers' data sheets
 ADAM = 16  # bytes a trained parameter: fp32 weight and gradient, and Adam's two moments
 PICTURES = {"pairs": 2, "captioned_pairs": 2, "perturbed": 2, "winners": 1, "thumbs": 1, "prompts": 2, "lists": 4}
 # what a view has of one example, of lists as many as are usual; drawing and inverting pictures come on top
+USER_WIDTHS = {"clip": 3 * 768, "vlm": 3584}  # of a token, by embedder: CLIP ViT-L, a language model of 7B
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     if full:
         network.requires_grad_(True)
         trained = parameters
+    elif config.train == "user":
+        trained = attach_meta_user(network, USER_WIDTHS.get(str(config.users["name"]), max(USER_WIDTHS.values())))
     else:
         trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
     step, kept = _forward_and_backward(network, config.resolution, bool(config.gradient_checkpointing))

@@ -22,6 +22,7 @@ from diffalign.gains import Scores, summary
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
+from diffalign.pipelines.user_adapter import load_user_adapter, remove_user_adapter
 from diffalign.prompts import Prompt
 from diffalign.rewards.base import Reward, Weighted, each_prompt
 from diffalign.rewards.preprocess import to_pictures
@@ -47,6 +48,8 @@ def evaluate(
     rewards: Reward,
     *,
     lora: str | Path | None = None,
+    user_adapter: str | Path | None = None,
+    user: torch.Tensor | None = None,
     seeds_per_prompt: int = 1,
     steps: int = 20,
     guidance_scale: float = 7.5,
@@ -65,6 +68,8 @@ def evaluate(
         prompts: with a category, where the report is to have one.
         rewards: one reward, or a `Weighted`, of which every term and the sum are reported.
         lora: file or folder of a LoRA; without it only the base is scored. It is taken off again at the end.
+        user_adapter, user: file or folder of a user adapter, and the tokens [N, D] of whom the aligned side draws for;
+            alone or beside a LoRA.
         seed: draw s of prompt i has the seed `seed + i * seeds_per_prompt + s`.
         out: folder for evaluation.json and the pictures (base/00000.png, aligned/00000.png, in the order of the draws),
             written in one piece at the end; it must be new or empty.
@@ -76,14 +81,16 @@ def evaluate(
     draws = _draws(prompts, seeds_per_prompt, seed)
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+    if (user_adapter is None) != (user is None):
+        raise ValueError("user_adapter and user go together: whom to draw for, and the adapter that knows how")
     texts = [draw.prompt.text for draw in draws]
     scores: dict[str, Scores] = defaultdict(lambda: defaultdict(lambda: [math.nan] * len(draws)))
-    with _new_folder(out) as folder, _attached(pipe, lora):
+    with _new_folder(out) as folder, _attached(pipe, lora), _told(pipe, user_adapter):
         for batch in batches(texts, batch_size, rewards.card.compares):
             some = [draws[index] for index in batch]
-            for side, off in _sides(pipe, lora):
+            for side, off in _sides(pipe, aligned=lora is not None or user is not None):
                 with off:
-                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size)
+                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size, user)
                 _save_pictures(pictures, folder, side, batch)
                 _enter(scores[side], batch, _score(rewards, pictures, [texts[index] for index in batch]))
             if progress:
@@ -91,6 +98,7 @@ def evaluate(
         settings = {
             "model": str(pipe.name),
             "lora": None if lora is None else str(lora),
+            "user_adapter": None if user_adapter is None else str(user_adapter),
             "prompts": len(prompts),
             "seeds_per_prompt": seeds_per_prompt,
             "draws": len(draws),
@@ -183,15 +191,28 @@ def _attached(pipe: LatentPipeline, lora: str | Path | None) -> Iterator[None]:
         network.delete_adapters(ADAPTER)
 
 
-def _sides(pipe: LatentPipeline, lora: str | Path | None) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
-    if lora is None:
+@contextlib.contextmanager
+def _told(pipe: LatentPipeline, user_adapter: str | Path | None) -> Iterator[None]:
+    if user_adapter is None:
+        yield
+        return
+    load_user_adapter(pipe, user_adapter)
+    try:
+        yield
+    finally:
+        remove_user_adapter(pipe)
+
+
+def _sides(pipe: LatentPipeline, aligned: bool) -> list[tuple[str, contextlib.AbstractContextManager[None]]]:
+    if not aligned:
         return [("base", contextlib.nullcontext())]
     return [("base", adapters_disabled(pipe)), ("aligned", contextlib.nullcontext())]
 
 
 def _pictures(
-    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int
-) -> list[Image.Image]:
+    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int,
+    user: torch.Tensor | None,
+) -> list[Image.Image]:  # fmt: skip
     pixels = generate(
         pipe,
         [draw.prompt.text for draw in draws],
@@ -199,6 +220,7 @@ def _pictures(
         steps=steps,
         guidance_scale=guidance_scale,
         batch_size=batch_size,
+        user=user,
     )
     return to_pictures(pixels)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.sampling import Condition, ddim_stepper, draw, guided, sample
 
 
@@ -22,12 +23,17 @@ def generate(
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
+    user: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Pixels [N, 3, H, W] in [0, 1], fp32 on the CPU, for N prompts and as many seeds.
 
     A picture follows from its prompt and its seed alone, as from the stock pipeline with
     `generator=torch.Generator("cpu").manual_seed(seed)` and a DDIM scheduler. `progress` is told of finished pictures.
+
+    Args:
+        user: tokens [N, D] of whom it draws for, or [pictures, N, D], by a user adapter (`load_user_adapter`). Guidance
+            leads away from the empty prompt for nobody, so it strengthens both the prompt and the user.
 
     Raises:
         ValueError: no prompt, another number of seeds than prompts, or a size that the VAE cannot represent.
@@ -39,7 +45,9 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         some, some_seeds = prompts[start : start + batch_size], seeds[start : start + batch_size]
         noise = draw(shape, [torch.Generator().manual_seed(seed) for seed in some_seeds])
-        condition, negative = pipe.encode_prompts(some), pipe.encode_prompts([""] * len(some))
+        own = user if user is None or user.ndim == 2 else user[start : start + batch_size]
+        condition = with_user(pipe.encode_prompts(some), own)
+        negative = for_nobody(pipe.encode_prompts([""] * len(some)), own)
         latents = sample_latents(pipe, condition, negative, noise, times, guidance_scale)
         parts.append(pipe.decode(latents).clamp(0, 1).cpu())
         if progress:

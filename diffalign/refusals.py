@@ -9,7 +9,7 @@ from diffalign.methods.base import Method, Need
 from diffalign.reference import MOVING
 
 # what the trainer can give a method
-SERVED = {Need.PAIRS, Need.REFERENCE, Need.FIXED_REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS}
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.FIXED_REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS, Need.USERS}
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -24,6 +24,9 @@ def refuse(config: RunConfig, method: Method) -> None:
     if Need.PROMPTS in method.needs and "name" not in config.data:
         raise ValueError(f"method {config.method_name!r} needs prompts: set data: {{name: jsonl, path: ...}} with "
                          f'lines such as {{"prompt": "a red circle"}}')  # fmt: skip
+    if (config.train == "user") != (Need.USERS in method.needs):
+        raise ValueError(f"train: user and a method that is told of users go together, such as ppd; got train: "
+                         f"{config.train} and method {config.method_name!r}")  # fmt: skip
     if Need.REWARD in method.needs and not config.rewards:
         raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
     if Need.FIXED_REFERENCE in method.needs and config.reference_name in MOVING:
@@ -44,9 +47,9 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
     if config.rewards and not config.validation_prompts and Need.REWARD not in method.needs:
         raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
-    if config.train == "full" and config.init_lora:
+    if config.train != "lora" and config.init_lora:
         raise ValueError(
-            "init_lora continues a LoRA, and train: full has none: set train: lora, or leave init_lora out"
+            f"init_lora continues a LoRA, and train: {config.train} has none: set train: lora, or leave init_lora out"
         )
 
 

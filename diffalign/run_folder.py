@@ -17,6 +17,7 @@ from diffalign.distributed import whole
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import save_lora
+from diffalign.pipelines.user_adapter import save_user_adapter
 
 RESUMED_CONFIG = "config.yaml"
 # what may differ between a run and its continuation; everything else would make it another run
@@ -68,16 +69,21 @@ def facts_of(config: RunConfig, data: Batches, steps: int) -> dict[str, Any]:
         "steps": steps,
         "seed": config.seed,
         "resolution": config.resolution,
+        **({"users": config.users} if config.train == "user" else {}),
     }
 
 
 def save_result(
     pipe: LatentPipeline, config: RunConfig, folder: Path, facts: Mapping[str, Any], main: bool = True
 ) -> None:
-    """folder/pytorch_lora_weights.safetensors, or the whole model as a stock folder in folder/model.
+    """folder/pytorch_lora_weights.safetensors or user_adapter.safetensors, or the whole model in folder/model.
 
     The main rank writes; the others must call this too, since the network may be in shards.
     """
+    if config.train == "user":
+        if main:
+            save_user_adapter(pipe, folder, facts)
+        return
     if config.train == "lora":
         if main:
             save_lora(pipe, folder, facts=facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.compiling import compile_blocks
 from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, trainable_in_fp32
+from diffalign.pipelines.user_adapter import attach_user_adapter
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
 from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph
@@ -37,6 +38,7 @@ from diffalign.rewards.preprocess import to_pictures
 from diffalign.run_folder import RESUMED_CONFIG, claim_folder
 from diffalign.selection import SELECTIONS, Chooser
 from diffalign.table import build
+from diffalign.users import known_users, parse_users
 from diffalign.validation import DrawSamples, sample_drawer
 
 log = logging.getLogger("diffalign")
@@ -71,6 +73,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     method: Method = build(METHODS, resolved.method, what="method")
     make_reference: MakeReference = build(REFERENCES, resolved.reference, what="reference")
     build(SELECTIONS, resolved.selection, what="selection")
+    parse_users(resolved.users)
     refuse(resolved, method)
     folder = Path(str(resolved.output_dir))
     accelerator = make_accelerator(resolved, folder)
@@ -92,6 +95,10 @@ def _prepare_claimed(
     """The rest of `prepare_run`, in a folder that is this run's."""
     accelerator.init_trackers("diffalign")
     examples = read_examples(resolved, method)
+    users: dict[str, Tensor] | None = None
+    if Need.USERS in method.needs:
+        with accelerator.main_process_first():
+            examples, users = known_users(resolved.users, examples, folder, accelerator.device)
     refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
     refuse_blind_stop(resolved, len(examples.validation))
     chooser = Chooser(build(SELECTIONS, resolved.selection, what="selection"), examples.train)
@@ -104,8 +111,8 @@ def _prepare_claimed(
         pipe.process = at_timesteps(pipe.process, resolved.train_timesteps)
         low, high = getattr(method, "time_low", 0.0), getattr(method, "time_high", 1.0)
         pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
-    data = cached(pipe, examples, resolved, accelerator, chooser)
-    draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator)
+    data = replace(cached(pipe, examples, resolved, accelerator, chooser), users=users)
+    draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator, users)
     score = scorer(pipe, resolved, accelerator.device) if Need.REWARD in method.needs else no_reward
     pipe.release()
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
@@ -114,7 +121,8 @@ def _prepare_claimed(
     refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     if in_shards(accelerator):
         pipe.network.to("cpu")  # only its shards go back to the device; a frozen copy is made here too
-    parameters = make_trainable(pipe, resolved)
+    width = next(iter(users.values())).shape[-1] if users else None
+    parameters = make_trainable(pipe, resolved, width)
     return Prepared(
         resolved,
         folder,
@@ -209,8 +217,11 @@ def cached(
     )  # fmt: skip
 
 
-def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Parameter]:
-    """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32."""
+def make_trainable(pipe: LatentPipeline, config: RunConfig, user_width: int | None = None) -> list[torch.nn.Parameter]:
+    """Attaches or loads the adapter, or frees the whole network; returns what is trained, in fp32.
+
+    `user_width`: of the users' tokens, for train: user.
+    """
     if config.gradient_checkpointing:
         pipe.network.enable_gradient_checkpointing()
     if config.compile:
@@ -218,6 +229,9 @@ def make_trainable(pipe: LatentPipeline, config: RunConfig) -> list[torch.nn.Par
     if config.train == "full":
         pipe.network.requires_grad_(True)
         return trainable_in_fp32(pipe)
+    if config.train == "user":
+        assert user_width is not None
+        return attach_user_adapter(pipe, user_width, config.seed)
     if config.init_lora:
         load_lora(pipe, config.init_lora, trainable=True)
         return trainable_in_fp32(pipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from diffalign.methods.base import Batch, Method, Need, Run
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled
+from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.sampling import draw
@@ -107,12 +108,16 @@ def logits(method: Method, run_of: Callable[[int], Run], batches: Iterable[Batch
     return torch.cat([parts[number] for number in sorted(parts)])
 
 
-def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator) -> DrawSamples:
+def sample_drawer(
+    pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator,
+    users: Mapping[str, Tensor] | None = None,
+) -> DrawSamples:  # fmt: skip
     """A function that draws the validation prompts from fixed noise, saves them as one grid, and scores them.
 
     Every rank draws and scores its share, so all must call it. It returns means of what `looks` measures, for a LoRA
     with the drift from the base model's pictures, which the first call draws, and of each of the config's rewards. It
-    keeps the VAE alive when there is something to draw; without validation prompts nothing is kept.
+    keeps the VAE alive when there is something to draw; without validation prompts nothing is kept. With users [N, D]
+    by name, each picture is drawn for the next one.
     """
     count = len(config.validation_prompts)
     if not count:
@@ -122,7 +127,9 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
     rewards = load_rewards(config.rewards, device=accelerator.device) if config.rewards else None
     decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
     noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
-    condition, negative = cache.condition(prompts), cache.condition([""] * len(prompts))
+    tokens = torch.stack([users[sorted(users)[row % len(users)]] for row in rows]) if users else None
+    condition = with_user(cache.condition(prompts), tokens)
+    negative = for_nobody(cache.condition([""] * len(prompts)), tokens)
 
     base: list[Tensor] = []
 
@@ -131,7 +138,7 @@ def sample_drawer(pipe: LatentPipeline, cache: Cache, config: RunConfig, acceler
         return decoder(latents).clamp(0, 1).cpu()
 
     def draw_samples(trained: LatentPipeline, path: Path) -> dict[str, float]:
-        if not base and config.train == "lora":
+        if not base and config.train != "full":
             with adapters_disabled(trained):
                 base.append(drawn(trained))
         pixels = drawn(trained)

@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from diffalign.assets import asset
 from diffalign.pipelines import PIPELINES, locate
+from diffalign.pipelines.user_attention import UserProjection, attach_projections, user_options
 from diffalign.table import resolve
 
 KNOWN: dict[str, str] = {
@@ -32,7 +33,7 @@ KNOWN: dict[str, str] = {
 NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel}
 # what gradient checkpointing recomputes one at a time
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock")
-T5_TOKENS, CLIP_TOKENS = 256, 77
+T5_TOKENS, CLIP_TOKENS, USER_TOKENS = 256, 77, 16
 
 
 def network_config(name_or_path: str) -> dict[str, Any]:
@@ -83,6 +84,14 @@ def attach_meta_lora(network: Any, rank: int, targets: Sequence[str] | str | Non
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
+def attach_meta_user(network: Any, width: int) -> int:
+    """Adds a user adapter for tokens of this width, as training would; returns its parameters."""
+    dtype = network.dtype
+    added = attach_projections(network, width, torch.Generator())
+    network.to(dtype)
+    return sum(p.numel() for p in added)
+
+
 def example_call(network: Any, resolution: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """x_t of one picture, and the keywords that stand for its time and prompt; nothing but shapes."""
     config, dtype = network.config, network.dtype
@@ -93,6 +102,10 @@ def example_call(network: Any, resolution: int) -> tuple[torch.Tensor, dict[str,
 
     x_t = empty(config.in_channels, side, side)
     common: dict[str, Any] = {"timestep": torch.empty(1, device="meta")}
+    if user := next((module for module in network.modules() if isinstance(module, UserProjection)), None):
+        attentions = "joint" if isinstance(network, SD3Transformer2DModel) else "cross"
+        told = user_options({"user": empty(USER_TOKENS, user.key.in_features)}, dtype)
+        common[f"{attentions}_attention_kwargs"] = told
     if isinstance(network, SD3Transformer2DModel):
         tokens = empty(CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim)
         return x_t, {**common, "encoder_hidden_states": tokens,

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffalign.errors import first_line
+from diffalign.pipelines.user_attention import Decoupled
 from diffalign.table import unknown
 
 Attend = Callable[..., Tensor]  # the signature of torch.nn.functional.scaled_dot_product_attention
@@ -65,8 +66,9 @@ def set_attention(network: torch.nn.Module, backend: str) -> None:
     module: Any
     for module in network.modules():
         if hasattr(module, "set_processor"):
-            inner = module.processor
-            module.processor = Routed(inner.inner if isinstance(inner, Routed) else inner, backend)
+            owner = module.processor if isinstance(module.processor, Decoupled) else module
+            inner = owner.processor
+            owner.processor = Routed(inner.inner if isinstance(inner, Routed) else inner, backend)
 
 
 def require(backend: str, device: torch.device, dtype: torch.dtype) -> None:

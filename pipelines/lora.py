@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.fused_lora import fuse_lora_layers
 from diffalign.pipelines.lora_files import read_header, refuse_foreign
+from diffalign.pipelines.user_attention import UserProjection
 from diffalign.sampling import Condition, Policy
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -141,13 +142,13 @@ def without_adapters(pipe: LatentPipeline) -> Policy:
     return reference
 
 
-def _adapted_layers(pipe: LatentPipeline) -> list[BaseTunerLayer]:
-    return [module for module in pipe.network.modules() if isinstance(module, BaseTunerLayer)]
+def _adapted_layers(pipe: LatentPipeline) -> list[BaseTunerLayer | UserProjection]:
+    return [module for module in pipe.network.modules() if isinstance(module, (BaseTunerLayer, UserProjection))]
 
 
 @contextlib.contextmanager
-def _switched_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Sets the flag that peft's forward reads.
+def _switched_off(layers: Sequence[BaseTunerLayer | UserProjection]) -> Iterator[None]:
+    """Sets the flag that peft's forward reads, and that of a user adapter.
 
     peft's own `disable_adapters` walks the modules of the network and turns `requires_grad` over twice a step: 61 ms of
     Python for SDXL's 7,530 modules and 560 adapted layers, where 3 ms do.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import ddim_times, load_stock, variance_preserving, warn_of_long_prompts
+from diffalign.pipelines.user_attention import user_options
 from diffalign.sampling import Condition
 
 
@@ -49,5 +50,6 @@ class StableDiffusion(LatentPipeline):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype
         embeds = condition["prompt_embeds"].to(dtype)
-        y = self.network(x_t.to(dtype), self.process.network_time(t), encoder_hidden_states=embeds, return_dict=False)
+        y = self.network(x_t.to(dtype), self.process.network_time(t), encoder_hidden_states=embeds, return_dict=False,
+                         cross_attention_kwargs=user_options(condition, dtype))  # fmt: skip
         return y[0].float()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import load_stock, stock_warnings_off, warn_of_long_prompts
+from diffalign.pipelines.user_attention import user_options
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
@@ -79,5 +80,6 @@ class StableDiffusion3(LatentPipeline):
         dtype = next(self.network.parameters()).dtype
         y = self.network(x_t.to(dtype), timestep=self.process.network_time(t), return_dict=False,
                          encoder_hidden_states=condition["prompt_embeds"].to(dtype),
-                         pooled_projections=condition["text_embeds"].to(dtype))  # fmt: skip
+                         pooled_projections=condition["text_embeds"].to(dtype),
+                         joint_attention_kwargs=user_options(condition, dtype))  # fmt: skip
         return y[0].float()

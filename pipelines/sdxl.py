@@ -19,6 +19,7 @@ from diffalign.pipelines.common import (
     variance_preserving,
     warn_of_long_prompts,
 )
+from diffalign.pipelines.user_attention import user_options
 from diffalign.process import per_sample
 from diffalign.sampling import Condition
 
@@ -91,7 +92,8 @@ class StableDiffusionXL(LatentPipeline):
             "time_ids": condition["time_ids"] if "time_ids" in condition else self._uncropped(x_t),
         }
         y = self.network(x_t.to(dtype), self.process.network_time(t), return_dict=False, added_cond_kwargs=added,
-                         encoder_hidden_states=condition["prompt_embeds"].to(dtype))  # fmt: skip
+                         encoder_hidden_states=condition["prompt_embeds"].to(dtype),
+                         cross_attention_kwargs=user_options(condition, dtype))  # fmt: skip
         return y[0].float()
 
     def _uncropped(self, x_t: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ def load_examples(
 
 
 def contradictions(examples: Sequence[Example]) -> int:
-    """How many pairs of pictures of one prompt are preferred one way in one record and the other way in another."""
+    """How many pairs of pictures of one prompt one user prefers one way in one record and the other way in another."""
     preferred = {
-        (example.prompt, example.sources[better].sha256, example.sources[worse].sha256)
+        ((example.prompt, example.record.user), example.sources[better].sha256, example.sources[worse].sha256)
         for example in examples
         for better, worse in itertools.combinations(range(len(example.members)), 2)
         if example.scores[better] > example.scores[worse]

@@ -114,6 +114,14 @@ def pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> l
     return _made(record, options, framing, record.comparisons(options.ranking))
 
 
+def user_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """Pairs of somebody in particular (PPD)."""
+    if record.user is None:
+        raise ValueError("the row does not say who preferred: give it a user (user_id in Pick-a-Pic's columns), or "
+                         "train without users (dpo)")  # fmt: skip
+    return pairs(record, options, framing)
+
+
 def captioned_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
     """Winner and loser, the loser under a caption of its own (DCPO)."""
     if record.prompt_loser is None:
@@ -167,6 +175,7 @@ def thumbs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> 
 
 VIEWS: dict[str, View] = {
     "pairs": pairs,
+    "user_pairs": user_pairs,
     "captioned_pairs": captioned_pairs,
     "winners": winners,
     "lists": lists,

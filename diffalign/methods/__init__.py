@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "curriculum_dpo": "diffalign.methods.curriculum_dpo:CurriculumDPO",
     "dro": "diffalign.methods.dro:DRO",
     "online_dpo": "diffalign.methods.online_dpo:OnlineDPO",
+    "ppd": "diffalign.methods.ppd:PPD",
 }
 
 # keys of a run's config that a method has unless the config has its own
@@ -23,4 +24,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "spin": {"reference": {"name": "sync", "every": 30}},
     "curriculum_dpo": {"selection": {"name": "curriculum"}},
     "online_dpo": {"reference": {"name": "sync", "every": 40}, "prompt_dropout": 0.0},
+    "ppd": {"train": "user"},
 }

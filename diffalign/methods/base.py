@@ -30,6 +30,7 @@ class Need(enum.Enum):
     REFERENCE = "a reference"
     FIXED_REFERENCE = "a reference that stays as it is"
     SNAPSHOTS = "past checkpoints"
+    USERS = "who preferred (train: user)"
     STOCHASTIC_SAMPLER = "a stochastic sampler"
 
 
