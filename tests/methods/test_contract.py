@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from toy import PROCESSES, ROWS, Denoiser
+from toy_views import PROMPTS, batch_for, pairs
 
 from diffalign.methods import METHODS
-from diffalign.methods.base import Batch, Method, Need, Noised, Run, pair_batch, reference_errors
+from diffalign.methods.base import Method, Need, Noised, Run, reference_errors
 from diffalign.sampling import Condition
 from diffalign.table import build
 
@@ -19,29 +20,34 @@ VARIANTS = {
     "dpo-ipo": {"name": "dpo", "link": "ipo", "beta": 2.0},  # its optimum h = 1/2 is near the reference at a large beta
     "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
     "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
+    **{f"dpo-{divergence}": {"name": "dpo", "divergence": divergence} for divergence in ("forward_kl", "js", "alpha")},
+    "dpo-preserving": {"name": "dpo", "winner_preserving": 0.6},
     "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
+    "rankdpo-scores": {"name": "rankdpo", "phi": "scores", "rank_source": "model", "share_noise": True},
+    **{f"kto-{utility}": {"name": "kto", "utility": utility} for utility in ("loss_averse", "risk_seeking")},
+    "kto-balanced": {"name": "kto", "baseline": "balanced", "liked_weight": 0.5},
+    "kto-none": {"name": "kto", "baseline": "none"},
+    "tkto-averse": {"name": "tkto", "utility": "loss_averse", "baseline": "none"},
+    "mapo-eps": {"name": "mapo", "timestep_weight": "eps", "scale": 0.5},
+    "capo-calibrated": {"name": "capo", "calibrated": True, "bias": 1.0},
+    "dspo-brier": {"name": "dspo", "form": "brier"},
+    "dspo-released": {"name": "dspo", "as_released": True},
+    **{f"densedpo-{norm}": {"name": "densedpo", "segment_norm": norm, "share_noise": False}
+       for norm in ("mean_nontie", "sum")},
 }  # fmt: skip
 BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
+BETAS = {"kto": 10.0, "tkto": 10.0, "capo": 2.0, "mapo": 0.1}  # no 1/2 in KTO; a target within 1; no reference
 
 
 def method(variant: str) -> Method:
     section = dict(VARIANTS[variant])
-    if section["name"] == "dpo":
-        section.setdefault("beta", BETA)
+    if section["name"] != "sft":
+        section.setdefault("beta", BETAS.get(section["name"], BETA))
     return build(METHODS, section, what="method")
 
 
 def networks(process: str, kind: str) -> tuple[Denoiser, Denoiser]:
-    return tuple(Denoiser(PROCESSES[process], kind) for _ in range(2))  # type: ignore[return-value]
-
-
-def pairs(count: int, seed: int = 0, label: float = 1.0) -> Batch:
-    """Winners around +1 and losers around -1 for prompt 0; the other way round for prompt 1."""
-    g = torch.Generator().manual_seed(seed)
-    prompt = torch.arange(count) % 2
-    side = (1.0 - 2.0 * prompt).view(-1, 1)
-    noise = torch.randn(2, count, 3, generator=g) * 0.3
-    return pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
+    return tuple(Denoiser(PROCESSES[process], kind, PROMPTS) for _ in range(2))  # type: ignore[return-value]
 
 
 def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
@@ -51,10 +57,11 @@ def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
 def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
     """One pair (or winner) of a microbatch."""
     picked = list(range(index, len(batch.t), pairs_in_batch))
+    known = None if batch.reference_errors is None else batch.reference_errors[picked]
     condition: Condition = {name: value[picked] for name, value in batch.condition.items()}
     aux = {name: value[index : index + 1] for name, value in batch.aux.items()}
     return replace(batch, x_t=batch.x_t[picked], y=batch.y[picked], t=batch.t[picked], condition=condition,
-                   label=batch.label[index : index + 1], aux=aux)  # fmt: skip
+                   label=batch.label[index : index + 1], reference_errors=known, aux=aux)  # fmt: skip
 
 
 LEAST_MOVE = 0.02  # of each prompt's mean in forty steps, on the winners' side; a bounded link (IPO) stops early
@@ -69,7 +76,7 @@ def test_forty_steps_move_towards_the_winners(variant: str, process: str, kind: 
     for step in range(40):
         state = run(policy, reference, seed=step)
         with torch.no_grad():
-            batches = rule.prepare(state, pairs(64, seed=step))
+            batches = rule.prepare(state, batch_for(rule, 64, step))
         for batch in batches:
             rule.loss(state, batch).value.mean().backward()
         optimizer.step()
@@ -84,7 +91,7 @@ def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, k
     policy, reference = networks(process, kind)
     torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
     state, rule = run(policy, reference), method(variant)
-    for batch in rule.prepare(state, pairs(4)):
+    for batch in rule.prepare(state, batch_for(rule, 4)):
         together = rule.loss(state, batch)
         assert together.value.shape == together.time.shape == (4,)
         for index in range(4):
@@ -115,7 +122,7 @@ def test_plain_dpo_starts_at_ln_2() -> None:
 def test_only_the_policy_gets_a_gradient(variant: str) -> None:
     policy, reference = networks("vp", "epsilon")
     state, rule = run(policy, reference), method(variant)
-    for batch in rule.prepare(state, pairs(8)):
+    for batch in rule.prepare(state, batch_for(rule, 8)):
         rule.loss(state, batch).value.mean().backward()
     assert policy.mean.grad is not None and policy.mean.grad.abs().sum() > 0
     assert reference.mean.grad is None
