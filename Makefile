@@ -14,7 +14,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards league clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -43,6 +43,10 @@ bench-gpu: .venv/installed
 # rewards against the plain way, on the CPU
 bench-rewards: .venv/installed
 	$(BIN)/python -m benchmarks.rewards --out runs/bench-rewards.json
+
+# every method on every shipped model; resumable, hours on a CPU
+league: .venv/installed
+	$(BIN)/python -m benchmarks.league
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

@@ -29,6 +29,7 @@ from diffalign.shapes.grammar import CATEGORIES, Scene, sample_scenes
 from diffalign.shapes.verify import verify
 from diffalign.statistics import mean_gain
 from diffalign.trainer import train
+from diffalign.writing import write_json
 
 SEED_OF_DRAWS = 50_000
 
@@ -57,7 +58,7 @@ def measured(args: argparse.Namespace, scenes: list[Scene], variant: str, key: s
     seconds = time.perf_counter() - start
     marks = passed(run.folder, scenes, args.guidance_scale)
     result = {"variant": variant, "seconds": seconds, "passed": marks.tolist(), "metrics": run.metrics}
-    file.write_text(json.dumps(result))
+    write_json(file, result, indent=None)
     return result
 
 
@@ -81,7 +82,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     args = parser.parse_args()
 
-    args.out.mkdir(parents=True, exist_ok=True)
     scenes = sample_scenes("validation", args.draws, seed=1)
     categories = np.array([scene.category for scene in scenes])
     files = [asset("shapes-pairs.parquet"), *sorted(p for p in asset("tiny-sd").rglob("*") if p.is_file())]
@@ -90,7 +90,7 @@ def main() -> None:
 
     stored = args.out / f"base-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     if not stored.exists():
-        stored.write_text(json.dumps(passed(None, scenes, args.guidance_scale).tolist()))
+        write_json(stored, passed(None, scenes, args.guidance_scale).tolist(), indent=None)
     base = np.array(json.loads(stored.read_text()))
     print(line("base", base, base, categories, {}), flush=True)
     for variant in args.variants:

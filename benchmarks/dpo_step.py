@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import counts, cpu_times, median, table, versions, write_json
+from benchmarks.measure import counts, cpu_times, median, table, versions
 from benchmarks.models import Architecture, build_encoders, sdxl_8m, shares
 from benchmarks.plain import cached_from, plain, random_raw
 from benchmarks.steps import Cached, Ours, Step, Subject, build_subject, gradients
 from diffalign.pipelines.common import stock_warnings_off
+from diffalign.writing import write_json
 
 PAIRS, RANK, SEED = 2, 8, 7
 BASELINE = "plain, checkpointing"

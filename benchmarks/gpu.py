@@ -29,13 +29,15 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report import BASELINE, CACHED_REFERENCE, Row, goals, report
-from benchmarks.measure import versions, write_json
+from benchmarks.measure import versions
 from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
 from benchmarks.steps import Ours, Recorded, Step, Subject, build_subject, random_cached
+from diffalign.errors import first_line
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import stock_warnings_off
 from diffalign.pipelines.compiling import compile_blocks
+from diffalign.writing import write_json
 
 RANK = 16
 PRINTED_RATE = 989e12  # FLOP/s of an H200: dense bf16, from the data sheet
@@ -56,24 +58,15 @@ class Variant:
     around: Around = lambda pipe: contextlib.nullcontext()
 
 
-def _ours(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-    return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
+def _ours(**options: Any) -> Callable[[Subject, int, bool], Step]:
+    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
+        return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing, **options)
 
-
-def _cached_reference(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-    return Ours(subject, random_cached(subject.model, pairs, subject.device), checkpointing, cached_reference=True)
+    return make
 
 
 def _recorded(subject: Subject, pairs: int, checkpointing: bool) -> Step:
     return Recorded(subject, random_cached(subject.model, pairs, subject.device), checkpointing)
-
-
-def _attention(backend: str) -> Callable[[Subject, int, bool], Step]:
-    def make(subject: Subject, pairs: int, checkpointing: bool) -> Step:
-        cached = random_cached(subject.model, pairs, subject.device)
-        return Ours(subject, cached, checkpointing, attention=backend)
-
-    return make
 
 
 @contextlib.contextmanager
@@ -91,14 +84,14 @@ def _compiled(pipe: LatentPipeline) -> Iterator[None]:
 # A new way to run the step is one line.
 VARIANTS: dict[str, Variant] = {
     BASELINE: Variant(None, checkpointing=True),
-    "ours": Variant(_ours),
+    "ours": Variant(_ours()),
     "ours, recorded": Variant(_recorded),
-    "ours, checkpointing": Variant(_ours, checkpointing=True),
-    "ours, compiled": Variant(_ours, around=_compiled),
+    "ours, checkpointing": Variant(_ours(), checkpointing=True),
+    "ours, compiled": Variant(_ours(), around=_compiled),
     "ours, recorded and compiled": Variant(_recorded, around=_compiled),
-    "ours, flash attention": Variant(_attention("flash")),
-    "ours, cudnn attention": Variant(_attention("cudnn")),
-    CACHED_REFERENCE: Variant(_cached_reference),
+    "ours, flash attention": Variant(_ours(attention="flash")),
+    "ours, cudnn attention": Variant(_ours(attention="cudnn")),
+    CACHED_REFERENCE: Variant(_ours(cached_reference=True)),
     "plain": Variant(None),
 }
 
@@ -222,7 +215,7 @@ def measured_row(variant: Variant, subject: Subject, encoders: Encoders | None, 
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except (RuntimeError, ValueError) as error:  # ValueError: an attention backend that is not there
-        return {"failed": str(error).splitlines()[0]}
+        return {"failed": first_line(error)}
     finally:
         subject.pipe.network.enable_adapters()  # a plain step that failed may have left them off
         for parameter in subject.parameters:

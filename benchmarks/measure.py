@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,14 +83,6 @@ def median(values: Sequence[float]) -> float:
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     return {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-
-
-def write_json(path: Path, data: Any) -> None:
-    """In one piece: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -58,9 +58,9 @@ class RandomImageReward(BlipScore):
         super().__init__(openai_recipe(SIZE))
         self.network = network
 
-    def _judge(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         device = next(self.network.parameters()).device
-        return (self.network(x.to(device), ids.to(device), mask.to(device)) - MEAN) / STD
+        return (self.network(x.to(device), *self._tokens(prompts, device)) - MEAN) / STD
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _plain_blip(network: ImageRewardNetwork) -> Plain:
     @torch.no_grad()
     def score(file: Path, prompt: str) -> float:
         device = next(network.parameters()).device
-        ids, mask = (tensor.to(device) for tensor in tokenized([prompt]))
+        ids, mask = tokenized([prompt], device)
         return ((network(transform(Image.open(file))[None].to(device), ids, mask) - MEAN) / STD).item()
 
     return score

@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.measure import median, table, versions, write_json
+from benchmarks.measure import median, table, versions
 from benchmarks.reward_models import Scorer, four_of_reno, vit_b32, vit_b32_twice, vit_h14
 from diffalign.evaluation import score_images
+from diffalign.writing import write_json
 
 PER_PROMPT, SEED = 4, 7
 TOLERANCE = 1e-4  # of the scores, relative to the largest: the same fp32 numbers, summed in another order

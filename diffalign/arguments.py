@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from diffalign.assets import asset
-from diffalign.config import apply_override
 from diffalign.data.records import BrokenRow
 from diffalign.manifests import Entry, read_manifest
 from diffalign.prompts import Prompt, read_prompts
 from diffalign.rewards import REWARDS, load_rewards
 from diffalign.rewards.base import Weighted
 from diffalign.scoring.engines import Job, load_job
+from diffalign.strict_yaml import apply_override
 from diffalign.table import coerce
 
 

@@ -6,16 +6,16 @@ Everything on it is read from the run's folder, so it can be written again when 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
+from diffalign.pages import templates
 from diffalign.pipelines import SHIPPED
 from diffalign.pipelines.export import read_lora
+from diffalign.writing import write_json, write_text
 
 CARD, EVALUATION, CONFIG = "README.md", "evaluation.json", "config.yaml"
 
@@ -28,12 +28,7 @@ def write_card(folder: Path) -> Path:
     """
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     stored = folder / EVALUATION
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"said": _said, "interval": _interval}
     facts = json.loads(read_lora(folder).metadata["diffalign"])
     text = environment.get_template("card.md.j2").render(
@@ -45,12 +40,13 @@ def write_card(folder: Path) -> Path:
         pairs_a_step=config["train_batch_size"] * config["gradient_accumulation_steps"],
         evaluation=json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else None,
     )
-    return _write(folder / CARD, text)
+    write_text(folder / CARD, text)
+    return folder / CARD
 
 
 def add_evaluation(folder: Path, report: Mapping[str, Any]) -> None:
     """Keeps an evaluation of a run's LoRA beside it, in place of an earlier one, and writes the card again."""
-    _write(folder / EVALUATION, json.dumps(report, indent=2) + "\n")
+    write_json(folder / EVALUATION, report)
     write_card(folder)
 
 
@@ -65,10 +61,3 @@ def _interval(row: Mapping[str, Any], column: str) -> str:
         return "missing"
     low, high = row[f"{column}_ci95"]
     return f"{row[column]:.3f}" if low is None else f"{row[column]:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path

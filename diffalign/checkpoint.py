@@ -9,7 +9,6 @@ checkpoint-200/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from diffalign.writing import replacing_folder, write_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -45,23 +46,16 @@ def save_checkpoint(
         OSError: with what to do, when the disk is full; nothing half-written is left.
     """
     target = folder / f"checkpoint-{step}"
-    partial = folder / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for stem, named in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{stem}.safetensors")
-        torch.save(dict(optimizer), partial / "optimizer.pt")
-        if extra:
-            extra(partial)
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        (partial / MANIFEST).write_text(
-            json.dumps({"step": step, "counters": dict(counters), "files": files}, indent=1)
-        )
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        with replacing_folder(target) as partial:
+            for stem, named in tensors.items():
+                save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{stem}.safetensors")
+            torch.save(dict(optimizer), partial / "optimizer.pt")
+            if extra:
+                extra(partial)
+            files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+            write_json(partial / MANIFEST, {"step": step, "counters": dict(counters), "files": files}, indent=1)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"checkpoint-{step} could not be written to {folder} ({error.strerror or error}); the last complete "
             f"checkpoint is untouched: free some space and continue with resume_from_checkpoint=latest"

@@ -149,15 +149,14 @@ def score(
 ) -> None:
     """Score pictures that exist with one reward or several."""
     with working():
-        from diffalign import arguments
-        from diffalign.scoring import command, engines
+        from diffalign.arguments import Asked
+        from diffalign.scoring import command
 
-        rows = arguments.read_pictures([*(pictures or []), *(images or [])], prompt or [], prompts)
-        place = arguments.default_device(device)
-        wanted = command.Wanted(out, best_of, minimum or [], page, batch_size, engine)
-        sections = arguments.read_sections(reward or [], weights or [], settings or [])
-        job = engines.load_job(sections, place, attention, engine, actors)
-        result = command.score_pictures(rows, job, wanted)
+        asked = Asked(reward or [], weights or [], settings or [], prompt or [], prompts, engine, actors, batch_size,
+                      device, attention)  # fmt: skip
+        rows = asked.pictures([*(pictures or []), *(images or [])])
+        wanted = command.Wanted(out, best_of, minimum or [], page, asked.batch_size, asked.engine)
+        result = command.score_pictures(rows, asked.job(), wanted)
     show(result, as_json)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from diffalign.selection import SELECTIONS
 from diffalign.startup import read_examples, weight_dtype
 from diffalign.table import bind, build, coerce, unknown
 from diffalign.trainer import train
+from diffalign.writing import write_text
 
 log = logging.getLogger("diffalign")
 
@@ -241,13 +241,6 @@ def check_data(path: str, name: str | None, max_rows: int | None) -> Result:
     """What is in a preference data set; not ok when nothing in it can be trained on."""
     report = check(path, name, max_rows)
     return Result(report.to_dict(), report.render(), ok=report.usable)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _groups(report: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,9 @@ from typing import Any
 import yaml
 
 from diffalign.methods import DEFAULTS
+from diffalign.strict_yaml import apply_override, read_yaml
 from diffalign.table import coerce, split_section, unknown
+from diffalign.writing import write_text
 
 PACKAGED = Path(__file__).resolve().parent / "configs"
 if not PACKAGED.is_dir():  # a checkout on a machine without symlinks
@@ -36,7 +36,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "report_to": ("tensorboard", "wandb", "trackio", "none"),
 }
-KEY_PART = r'"([^"]+)"|([^."=\s]+)'  # of a dotted key; a part that holds a dot is quoted
 POSITIVE = (
     "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_train_steps",
     "max_grad_norm", "checkpointing_steps", "logging_steps", "max_nonfinite_steps", "validation_batch_size",
@@ -164,61 +163,6 @@ def run_name(path: Path) -> str:
     return "-".join(path.relative_to(home).with_suffix("").parts) if path.is_relative_to(home) else path.stem
 
 
-class _Strict(yaml.SafeLoader):
-    """YAML that refuses a key written twice, which plain YAML silently lets the last one win."""
-
-
-def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} is written twice, at {str(node.start_mark).strip()}")
-    return loader.construct_mapping(node, deep=True)
-
-
-_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping.
-
-    Raises:
-        ValueError: not readable, not YAML, not a mapping, or a key twice.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets one dotted key in place: method.beta=2000, rewards."hpsv2.1"=5, validation_prompts=[a red circle].
-
-    Raises:
-        ValueError: not of the form key=value, or a path through something that is not a section.
-    """
-    key, equals, text = override.partition("=")
-    parts = [quoted or plain for quoted, plain in re.findall(KEY_PART, key)]
-    if not equals or not re.fullmatch(rf"({KEY_PART})(\.({KEY_PART}))*", key):
-        raise ValueError(f"expected an override of the form key=value, such as method.beta=2000, got {override!r}")
-    try:
-        value = yaml.load(text, Loader=_Strict)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-    section = values
-    for part in parts[:-1]:
-        inner = section.get(part)
-        if isinstance(inner, str):  # `method: dpo` is short for `method: {name: dpo}`
-            inner = {"name": inner}
-        elif inner is not None and not isinstance(inner, Mapping):
-            raise ValueError(f"override {override!r}: {part} is not a section but {inner!r}")
-        section[part] = section = dict(inner or {})
-    section[parts[-1]] = value
-
-
 def resolve(values: Mapping[str, Any]) -> RunConfig:
     """A mapping as a `RunConfig`, each value checked.
 
@@ -245,9 +189,7 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 
 def dump(config: RunConfig, path: Path) -> None:
     """Writes the resolved config as YAML, in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:

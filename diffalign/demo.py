@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.statistics import mean_gain
 from diffalign.trainer import train
+from diffalign.writing import write_json
 
 log = logging.getLogger("diffalign")
 
@@ -87,7 +87,7 @@ def run(out: Path, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "quick": quick,
     }
-    _write_json(report, out / "report.json")
+    write_json(out / "report.json", report)
     curves = {name: _metrics(out / name) for name in ("dpo", "sft")}
     examples = [(p, base.pictures[i], aligned.pictures[i], bool(base.passed[i]), bool(aligned.passed[i]))
                 for i, p in enumerate(prompts)]  # fmt: skip
@@ -152,9 +152,3 @@ def _draw(lora: Path | None, prompts: Sequence[Prompt], judges: tuple[Reward, Re
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _write_json(report: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, path)

@@ -1,7 +1,8 @@
 """What a training run will take, before anything is downloaded: parameters, FLOPs, memory and time.
 
 The network is built on the meta device and one picture is passed through it, forward and backward; everything else is
-multiplication. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
+multiplication. What a method does besides one pass of policy and reference over its pictures (drawing, inverting) is
+not counted. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
 memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top.
 """
 
@@ -18,7 +19,8 @@ from diffalign.counting import Count, counted
 from diffalign.methods import METHODS
 from diffalign.methods.base import Need
 from diffalign.pipelines.architectures import BLOCKS, attach_meta_lora, example_call, meta_network, network_config
-from diffalign.table import resolve
+from diffalign.reference import MOVING, POOL_SIZE
+from diffalign.table import build, split_section
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ CARDS: dict[str, Card] = {  # from the makers' data sheets
     "RTX 3060": Card(25, 12),
 }
 ADAM = 16  # bytes a trained parameter: fp32 weight and gradient, and Adam's two moments
-PICTURES = 2  # of a pair
+PICTURES = {"pairs": 2, "captioned_pairs": 2, "perturbed": 2, "winners": 1, "thumbs": 1, "prompts": 2, "lists": 4}
+# what a view has of one example, of lists as many as are usual; drawing and inverting pictures come on top
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     else:
         trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
     step, kept = _forward_and_backward(network, config.resolution, bool(config.gradient_checkpointing))
-    compared = Need.REFERENCE in resolve(METHODS, config.method_name, "method").needs
-    pictures = PICTURES if compared else 1
+    method = build(METHODS, config.method, what="method")
+    compared = Need.REFERENCE in method.needs
+    pictures = PICTURES.get(split_section(method.view, "view")[0], 2)
     width = torch.finfo(dtype).bits / 8
     copy = 4 if config.reference_name == "frozen_copy" and full else width  # a full run's copy is fp32 as well
     memory = {
@@ -94,11 +98,19 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
         "trained weights, gradients, Adam": float(trained * ADAM),
         "16-bit copy of the weights": parameters * width if full and width < 4 else 0.0,
         "reference": parameters * copy if compared and config.reference_name == "frozen_copy" else 0.0,
+        "weights the reference keeps": 4.0 * trained * _kept_sets(config),
         "averaged weights": 4.0 * trained if config.ema_decay else 0.0,
         "activations": float(kept * pictures * config.train_batch_size),
     }
     flops = pictures * (step + (forward if compared else 0.0))
     return Estimate(parameters, trained, forward, flops, {part: size for part, size in memory.items() if size})
+
+
+def _kept_sets(config: RunConfig) -> int:
+    """How many copies of what is trained a moving reference holds at most."""
+    if config.reference_name not in MOVING:
+        return 0
+    return int(config.reference.get("size", POOL_SIZE)) if config.reference_name == "pool" else 1
 
 
 def _forward(network: Any, resolution: int) -> Count:

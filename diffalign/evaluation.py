@@ -6,23 +6,19 @@ Scores are of the 8-bit pictures that are saved, by each reward's exact recipe, 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from diffalign.data.images import open_as_stored
 from diffalign.fitting import Fitted, batch_size_for, side_of
+from diffalign.gains import Scores, summary
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
@@ -30,14 +26,11 @@ from diffalign.prompts import Prompt
 from diffalign.rewards.base import Reward, Weighted, each_prompt
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.scoring.batch import batches
-from diffalign.statistics import Interval, bootstrap_mean, mean_gain, pass_rate, wins
+from diffalign.writing import replacing_folder, write_json
 
 ADAPTER = "evaluated"
 REPORT = "evaluation.json"
 SUM = "weighted"  # the row of a weighted sum beside its terms
-
-Scores = dict[str, list[float]]  # reward -> one score per picture
-Matrix = NDArray[np.float64]  # [prompts, seeds]
 
 
 @dataclass(frozen=True)
@@ -105,9 +98,9 @@ def evaluate(
             "steps": steps,
             "guidance_scale": guidance_scale,
         }
-        report = settings | _summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
+        report = settings | summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
         if folder:
-            (folder / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(folder / REPORT, report, allow_nan=False)
     return report
 
 
@@ -141,17 +134,16 @@ def score_images(
     size = batch_size_for(side_of(rewards), device) if batch_size is None else batch_size
     scores: Scores = defaultdict(lambda: [math.nan] * len(images))
 
-    def score(some: Sequence[int]) -> list[dict[str, float]]:
-        found = _score(rewards, [_opened(images[index]) for index in some], [prompts[index] for index in some])
-        return [{name: values[i] for name, values in found.items()} for i in range(len(some))]
+    def score(some: Sequence[int]) -> list[int]:
+        pictures = [_opened(images[index]) for index in some]
+        _enter(scores, some, _score(rewards, pictures, [prompts[index] for index in some]))
+        return list(some)
 
     fitted = Fitted(score, divisible=not compares)
     for batch in batches(prompts, size, compares):
-        for index, found in zip(batch, fitted(batch), strict=True):
-            for name, value in found.items():
-                scores[name][index] = value
+        done = fitted(batch)
         if progress:
-            progress(len(batch))
+            progress(len(done))
     return dict(scores)
 
 
@@ -229,63 +221,6 @@ def _opened(image: Image.Image | str | Path) -> Image.Image:
     return image if isinstance(image, Image.Image) else open_picture(image)
 
 
-def _summary(sides: Mapping[str, Scores], prompts: Sequence[Prompt], seeds: int, seed: int) -> dict[str, Any]:
-    """`rewards` over all prompts and, where prompts have one, `per_category`."""
-    of_prompt = np.array([prompt.category for prompt in prompts[::seeds]], dtype=object)
-    matrices = {
-        side: {name: np.array(values).reshape(-1, seeds) for name, values in scores.items()}
-        for side, scores in sides.items()
-    }
-    categories = sorted({category for category in of_prompt if category is not None})
-    summary: dict[str, Any] = {"rewards": _rows(matrices, np.full(len(of_prompt), True), seed)}
-    summary["per_category"] = {
-        category: {"prompts": int((chosen := of_prompt == category).sum()), "rewards": _rows(matrices, chosen, seed)}
-        for category in categories
-    }
-    return summary
-
-
-def _rows(sides: Mapping[str, Mapping[str, Matrix]], chosen: NDArray[np.bool_], seed: int) -> dict[str, dict[str, Any]]:
-    aligned = sides.get("aligned")
-    return {
-        name: _row(base[chosen], None if aligned is None else aligned[name][chosen], seed)
-        for name, base in sides["base"].items()
-    }
-
-
-def _row(base: Matrix, aligned: Matrix | None, seed: int) -> dict[str, Any]:
-    """Numbers of one reward. Every interval has a generator of its own, so none depends on which others are asked.
-
-    A prompt with a missing score on either side, which a judge may leave, counts in neither; `missing` says how many.
-    """
-    sides = [base] if aligned is None else [base, aligned]
-    whole = np.isfinite(np.stack(sides)).all(axis=(0, 2))
-    missing = {"missing": int((~whole).sum())}
-    if not whole.any():
-        names = ("base",) if aligned is None else ("base", "aligned", "gain", "win_rate")
-        return missing | {key: value for name in names for key, value in ((name, None), (f"{name}_ci95", [None, None]))}
-    base, aligned = base[whole], None if aligned is None else aligned[whole]
-    intervals = {"base": _mean(base, seed)}
-    if aligned is not None:
-        rng = np.random.default_rng
-        won = wins(base.ravel(), aligned.ravel()).reshape(base.shape)
-        intervals["aligned"] = _mean(aligned, seed)
-        intervals["gain"] = mean_gain(base.mean(1), aligned.mean(1), rng(seed))
-        intervals["win_rate"] = bootstrap_mean(won.mean(1), rng(seed))
-    row: dict[str, Any] = {**missing}
-    for name, interval in intervals.items():
-        row[name] = interval.estimate
-        row[f"{name}_ci95"] = [None if math.isnan(bound) else bound for bound in (interval.low, interval.high)]
-    return row
-
-
-def _mean(scores: Matrix, seed: int) -> Interval:
-    """Over prompts; of passes and failures with one seed each, Wilson's interval."""
-    if scores.shape[1] == 1 and np.isin(scores, (0, 1)).all():
-        return pass_rate(scores[:, 0])
-    return bootstrap_mean(scores.mean(1), np.random.default_rng(seed))
-
-
 @contextlib.contextmanager
 def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
     """A temporary folder beside `out` that takes its name if the block succeeds and is gone if it does not."""
@@ -295,14 +230,8 @@ def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as partial:
         yield partial
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, numbers: Sequence[int]) -> None:

@@ -32,6 +32,8 @@ REFERENCES: dict[str, str] = {
 }
 MOVING = frozenset({"ema", "sync", "stages", "pool"})  # which of them change during a run
 
+POOL_SIZE = 8
+
 Weights = dict[str, Tensor]
 MakeReference = Callable[..., "Reference | None"]  # of pipe=
 
@@ -128,7 +130,7 @@ def stages(pipe: LatentPipeline, steps: list[int]) -> Reference:
     return Following(pipe, lambda step: step in steps, _replace)
 
 
-def pool(pipe: LatentPipeline, every: int = 30, size: int = 8, seed: int = 0) -> Reference:
+def pool(pipe: LatentPipeline, every: int = 30, size: int = POOL_SIZE, seed: int = 0) -> Reference:
     """A random one of the policy's past checkpoints, another every so many steps (SePPO, arXiv 2410.05255).
 
     Args:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 from PIL import Image
 
+from diffalign.pages import write_html
 from diffalign.prompts import Prompt
 
 Example = tuple[Prompt, Image.Image, Image.Image, bool, bool]  # prompt, before, after, passed before, passed after
@@ -39,17 +38,8 @@ def write_report(
         examples: every draw; the first few of each category are shown, not picked by their outcome.
         curves: metrics.jsonl of the runs "dpo" and "sft".
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("demo.html.j2").render(
-        report=report, groups=_groups(examples), plots=[_plot(curves[run], key, title) for run, key, title in CURVES]
-    )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    plots = [_plot(curves[run], key, title) for run, key, title in CURVES]
+    write_html(path, "demo.html.j2", report=report, groups=_groups(examples), plots=plots)
 
 
 def _groups(examples: Sequence[Example]) -> dict[str, list[dict[str, Any]]]:

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.writing import write_text
+
 log = logging.getLogger("diffalign")
 
 BINS = 10  # of the noise axis, for the metrics that change along it
@@ -144,7 +146,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         kept = [line for line in _lines(path) if _step(line) <= resume_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -108,16 +108,13 @@ class Trainer:
         stopping, last = False, self.config.max_train_steps
         bar = progress_bar("training", last, done=self.step, hidden=not self._main)
         with until_sigterm() as received, bar as advance:
-            while self.step < last and not stopping:
+            while self.step < last and not stopping and not self.best.over:
                 self._train_step()
                 advance(1, self._shown())
                 stopping = self._asked_to_stop(received)
                 self._after_step(last=stopping or self.step == last)
-                if self.best.over:
-                    log.info(
-                        "stopped at step %d: held-out accuracy is no better than at step %d", self.step, self.best.step
-                    )
-                    break
+        if self.best.over:
+            log.info("stopped at step %d: what is held out was predicted best at step %d", self.step, self.best.step)
         self._save_result()
         self.accelerator.end_training()
         return RunResult(self.folder, self.step, self.last, interrupted=stopping)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffalign.assets import asset
+from diffalign.errors import first_line
 from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.parts import check_parts
@@ -84,17 +85,13 @@ def _index(folder: str, revision: str | None) -> dict[str, Any]:
         index = DiffusionPipeline.load_config(folder, revision=revision)
     except (OSError, ValueError) as error:
         if path.exists():
-            raise ValueError(f"{folder}: model_index.json cannot be read ({_first_line(error)}); download or save the "
-                             f"model again") from error  # fmt: skip
+            raise ValueError(f"{folder}: model_index.json cannot be read ({first_line(error, 200)}); download or save "
+                             f"the model again") from error  # fmt: skip
         raise ValueError(
-            f"{folder}: neither a folder that exists nor a model that can be had from the hub ({_first_line(error)}); "
-            f"check the spelling, the network (HF_HUB_OFFLINE), and access to gated models"
+            f"{folder}: neither a folder that exists nor a model that can be had from the hub "
+            f"({first_line(error, 200)}); check the spelling, the network (HF_HUB_OFFLINE), and access to gated models"
         ) from error
     if not isinstance(index, dict):
         raise ValueError(f"{folder}: expected model_index.json to hold one mapping, got {type(index).__name__}; "
                          f"download or save the model again")  # fmt: skip
     return index
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

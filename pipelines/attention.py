@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffalign.errors import first_line
 from diffalign.table import unknown
 
 Attend = Callable[..., Tensor]  # the signature of torch.nn.functional.scaled_dot_product_attention
@@ -214,7 +215,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     except ImportError as error:
         return f"not installed: {error}"
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).strip().splitlines()[0][:150] or type(error).__name__
+        return first_line(error, 150)
     return ""
 
 

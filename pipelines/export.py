@@ -7,7 +7,6 @@ loaded back through diffusers in the tests.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.pipelines.lora import weights_file
+from diffalign.writing import replacing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PEFT = "lora_adapter_metadata"  # where diffusers keeps rank and alpha
@@ -119,10 +119,9 @@ def export_lora(source: str | Path, out: Path, form: str = "kohya", dtype: str =
         raise ValueError(f"expected a format of {', '.join(FORMATS)} and a dtype of {', '.join(DTYPES)}, "
                          f"got {form!r} and {dtype!r}")  # fmt: skip
     state, metadata = FORMATS[form](read_lora(source))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    save_file({key: value.to(DTYPES[dtype]).contiguous() for key, value in state.items()}, partial, metadata=metadata)
-    os.replace(partial, out)
+    tensors = {key: value.to(DTYPES[dtype]).contiguous() for key, value in state.items()}
+    with replacing(out) as partial:
+        save_file(tensors, partial, metadata=metadata)
     return out
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import SiglipVisionModel
 
+from diffalign.errors import first_line
 from diffalign.rewards.affine import AffineScore
 from diffalign.rewards.base import Card
 from diffalign.rewards.checkpoints import UrlFile, download, revision_of
@@ -74,10 +75,9 @@ class AestheticV25(AffineScore):
                 backbone, revision=revision_of(backbone), dtype=dtype_named(dtype)
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{self.name}: {backbone} is neither the folder of a SigLIP model nor to be had from the "
-                             f"hub ({reason}); with a network, run `{download(backbone)}` once, or give a local copy "
-                             f"as backbone=FOLDER") from error  # fmt: skip
+                             f"hub ({first_line(error)}); with a network, run `{download(backbone)}` once, or give a "
+                             f"local copy as backbone=FOLDER") from error  # fmt: skip
         self.tower = tower.requires_grad_(False).eval().to(device)
         super().__init__(square_recipe(tower.config.image_size, HALF, HALF), weights, device)
 

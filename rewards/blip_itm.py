@@ -5,7 +5,7 @@
     cosine      = cos(W_image ViT(picture)[CLS], W_text BERT(prompt)[CLS])
 
 The probability saturates near 0 and 1, and its gradient with it: train with the logit. The cosine is the contrastive
-head, for which the text is read without the picture.
+head, for which the text is read without the picture, and so once however many pictures it is asked of.
 
 Not checked against scores of the official code, with small or with released weights: there were none. Checked are the
 two networks, by ImageReward's scores, and the whole, by transformers' port of it on small weights. The key list of the
@@ -14,7 +14,7 @@ official file follows from its training code (models/blip_retrieval.py), not fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -35,9 +35,10 @@ from diffalign.rewards.blip import (
     shape_of,
     vit_sizes,
 )
-from diffalign.rewards.blip_score import BlipScore
+from diffalign.rewards.blip_score import BlipScore, tokenized, too_long
 from diffalign.rewards.checkpoints import UrlFile, read_state
 from diffalign.rewards.preprocess import square_recipe
+from diffalign.rewards.texts import NetworkReader, TextFeatures
 from diffalign.rewards.towers import dtype_named
 
 NAME = "model_base_retrieval_coco.pth"
@@ -66,30 +67,46 @@ class BlipMatcher(nn.Module):
         no, yes = self.itm_head(first.float()).unbind(-1)
         return yes - no
 
-    def probability(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Of a match, [B], fp32."""
-        return self.logit(x, ids, mask).sigmoid()
+    def image_features(self, x: Tensor) -> Tensor:
+        """[B, D], fp32, in the contrastive space, not normalized."""
+        features: Tensor = self.vision_proj(self.visual_encoder(x)[:, 0].float())
+        return features
 
-    def cosine(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Of picture and text in the contrastive space, [B], fp32."""
-        seen, read = self.visual_encoder(x)[:, 0], self.text_encoder(ids, mask)[:, 0]
-        return F.cosine_similarity(self.vision_proj(seen.float()), self.text_proj(read.float()), dim=-1)
+
+@final
+@dataclass(frozen=True)
+class ContrastiveReader(NetworkReader):
+    """The text side of the contrastive space, of a `BlipMatcher`'s text_encoder and text_proj."""
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """[B, D], fp32, in the space of `BlipMatcher.image_features`, not normalized."""
+        read = self.model["text_encoder"](*tokenized(prompts, self.device))[:, 0]
+        features: Tensor = self.model["text_proj"](read.float())
+        return features
+
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        return too_long(prompts)
 
 
 @dataclass(frozen=True)
 class Output:
-    """One of the numbers that the network gives."""
+    """One of the numbers that the network gives.
 
-    score: Callable[[BlipMatcher, Tensor, Tensor, Tensor], Tensor]
+    Args:
+        of_logit: what becomes of the log-odds of a match; None for the cosine, which has none.
+    """
+
+    of_logit: Callable[[Tensor], Tensor] | None
     unit: str
     range: tuple[float, float]
     across_prompts: bool
 
 
 OUTPUTS = {
-    "probability": Output(BlipMatcher.probability, "probability of a match", (0.0, 1.0), across_prompts=True),
-    "logit": Output(BlipMatcher.logit, "log-odds of a match", (-float("inf"), float("inf")), across_prompts=True),
-    "cosine": Output(BlipMatcher.cosine, "cos", (-1.0, 1.0), across_prompts=False),
+    "probability": Output(torch.sigmoid, "probability of a match", (0.0, 1.0), across_prompts=True),
+    "logit": Output(nn.Identity(), "log-odds of a match", (-float("inf"), float("inf")), across_prompts=True),
+    "cosine": Output(None, "cos", (-1.0, 1.0), across_prompts=False),
 }
 
 
@@ -148,14 +165,20 @@ class BlipITM(BlipScore):
         self.network.visual_encoder.to(kind)
         self.network.text_encoder.to(kind)
         super().__init__(square_recipe(side))
+        sides = {"text_encoder": self.network.text_encoder, "text_proj": self.network.text_proj}
+        self._reader = ContrastiveReader(nn.ModuleDict(sides))
+        self._texts = TextFeatures(new=lambda prompts: self._tell_cut(self._reader.too_long(prompts)))
         self.output = chosen = OUTPUTS[output]
         self.card = replace(
             self.card, unit=chosen.unit, range=chosen.range, side=side, across_prompts=chosen.across_prompts
         )
 
-    def _judge(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.network.itm_head.weight.device
-        return self.output.score(self.network, x.to(device), ids.to(device), mask.to(device))
+        if self.output.of_logit:
+            return self.output.of_logit(self.network.logit(x.to(device), *self._tokens(prompts, device)))
+        seen = F.normalize(self.network.image_features(x.to(device)), dim=-1)
+        return (seen * self._texts(self._reader, prompts)).sum(-1)
 
 
 def _model(path: Path) -> dict[str, Any]:

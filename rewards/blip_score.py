@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizer
@@ -15,13 +16,14 @@ from transformers import BertTokenizer
 from diffalign.assets import asset
 from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.preprocess import Recipe
+from diffalign.rewards.texts import longer_than
 
 VOCABULARY = "bert-base-uncased/vocab.txt.gz"
 CONTEXT = 35  # tokens, [CLS] and [SEP] included: BLIP and ImageReward cut and pad to it
 
 
 class BlipScore(ABC):
-    """One number per picture and prompt, from `_judge`."""
+    """One number per picture and prompt, from `_score`."""
 
     name: ClassVar[str]
     card: Card
@@ -35,8 +37,8 @@ class BlipScore(ABC):
         return dispatch(self.name, images, prompts, exact=self._score_pictures, differentiable=self._score_pixels)
 
     @abstractmethod
-    def _judge(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Scores [B], fp32, of normalized pixels [B, 3, side, side] and `tokenized` prompts, from any device."""
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B], fp32, of normalized pixels [B, 3, side, side], from any device, and as many prompts."""
 
     def _score_pictures(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self._score(self.recipe.pictures(pictures), prompts)
@@ -44,27 +46,26 @@ class BlipScore(ABC):
     def _score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(self.recipe.pixels(pixels), prompts)
 
-    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """`tokenized` prompts, on a device; one that is too long is said once."""
         self._tell_cut(too_long(prompts))
-        return self._judge(x, *tokenized(prompts))
+        return tokenized(prompts, device)
 
 
-def tokenized(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (1 where a token is not padding), both [B, 35] on the CPU, [CLS] first.
+def tokenized(prompts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Ids and mask (1 where a token is not padding), both [B, 35], [CLS] first.
 
     BLIP's other tasks begin a text with [ENC]; ImageReward and BLIP's image-text matching leave [CLS] there.
     """
     tokens = bert_tokenizer()(
         list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
     )
-    return tokens.input_ids, tokens.attention_mask
+    return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
 
 def too_long(prompts: Sequence[str]) -> list[str]:
     """The prompts of which only a part is read."""
-    # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
-    ids = bert_tokenizer()(list(prompts), truncation=False, verbose=False).input_ids
-    return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > CONTEXT]
+    return longer_than(CONTEXT, bert_tokenizer(), prompts)
 
 
 @cache

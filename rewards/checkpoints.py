@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffalign.errors import first_line
+
 # what torch and safetensors raise on files that are cut or no checkpoints; torch's unpickler trips over any of the last
 UNREADABLE = (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
               AssertionError, struct.error)  # fmt: skip
@@ -80,7 +82,7 @@ class HubFile:
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
             raise ValueError(
                 f"{reward}: {self.name} of {repo} is not on this machine and not to be had from the hub "
-                f"({_first_line(error)}); with a network, run `{download(repo, self.name)}` once, or give a local "
+                f"({first_line(error)}); with a network, run `{download(repo, self.name)}` once, or give a local "
                 f"copy: weights=FILE, on the command line --weights {reward}=FILE"
             ) from error
         if repo == self.repo:
@@ -120,7 +122,7 @@ class UrlFile:
             torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{reward}: {self.name} is not on this machine and could not be downloaded ({_first_line(error)}); "
+                f"{reward}: {self.name} is not on this machine and could not be downloaded ({first_line(error)}); "
                 f"get it from {self.url} and put it at {path}, or give it as weights=FILE, on the command line "
                 f"--weights {reward}=FILE"
             ) from error
@@ -146,7 +148,7 @@ def fetch_folder(reward: str, repo: str, weights: str | Path | None, names: Sequ
         return Path(snapshot_download(wanted, allow_patterns=list(names)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(
-            f"{reward}: {wanted} is not on this machine and not to be had from the hub ({_first_line(error)}); with a "
+            f"{reward}: {wanted} is not on this machine and not to be had from the hub ({first_line(error)}); with a "
             f"network, run `hf download {wanted}` once, or give a local copy: weights=FOLDER, on the command line "
             f"--weights {reward}=FOLDER"
         ) from error
@@ -179,11 +181,11 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: expected tensors by name, got a pickle that runs code when it is read ({_first_line(error)}); "
+            f"{path}: expected tensors by name, got a pickle that runs code when it is read ({first_line(error)}); "
             f"convert it to a state dict where you trust it"
         ) from error
     except UNREADABLE as error:
-        raise ValueError(f"{path}: expected a checkpoint, could not read it ({_first_line(error)}); it may be "
+        raise ValueError(f"{path}: expected a checkpoint, could not read it ({first_line(error)}); it may be "
                          f"incomplete: download it again") from error  # fmt: skip
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected tensors by name, got {type(state).__name__}")
@@ -213,7 +215,3 @@ def check_keys(wanted: Mapping[str, Sequence[int]], state: Mapping[str, Tensor],
     found = {"lacks": missing, "has also": surplus, "has other shapes:": shapes}
     if wrong := [f"{fault} {', '.join(keys[:3])}{' ...' * (len(keys) > 3)}" for fault, keys in found.items() if keys]:
         raise ValueError(f"{where}: expected the official checkpoint of {what}; it {'; it '.join(wrong)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

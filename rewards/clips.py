@@ -19,6 +19,7 @@ from diffalign.rewards.base import (
     flatten_frames,
     full_precision,
 )
+from diffalign.rewards.missing import of_clips
 from diffalign.rewards.preprocess import to_rgb
 
 ScoreClips = Callable[[Sequence[Tensor], Sequence[str]], Tensor]
@@ -112,9 +113,7 @@ class Frames:
         """Of every picture; the reasons are of every `count` of them."""
         scores = self.reward(pictures, prompts)
         if isinstance(self.reward, Explains):
-            said = self.reward.reasons
-            clips = (said[start : start + count] for start in range(0, len(said), count))
-            self.reasons = [next(filter(None, frames), "") for frames in clips]
+            self.reasons = of_clips(self.reward.reasons, len(self.reward.reasons) // count)
         return scores
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
+from diffalign.errors import first_line
 from diffalign.rewards.geneval_rules import Detection
 
 # COCO's 80 classes in COCO's order, under the names that GenEval's prompts give them (see NOTICE)
@@ -122,7 +123,7 @@ def _load(folder: str) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"geneval: {folder} is no folder of a Mask2Former with its image processor, nor to be had from the hub "
-            f"({str(error).strip().splitlines()[0]}); with a network, run `hf download {REPO}` once, or give a local "
+            f"({first_line(error)}); with a network, run `hf download {REPO}` once, or give a local "
             f"copy: weights=FOLDER, on the command line --weights geneval=FOLDER"
         ) from error
     model, report = loaded

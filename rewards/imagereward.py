@@ -9,6 +9,7 @@ loader needs med_config.json too; its one fact that no weight's shape tells, 12 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, final
@@ -93,6 +94,6 @@ class ImageReward(BlipScore):
         super().__init__(openai_recipe(vision.grid * vision.patch))
         self.card = replace(self.card, side=self.recipe.size)
 
-    def _judge(self, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def _score(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.network.mlp["layers"][0].weight.device  # type: ignore[index]  # a Sequential
-        return (self.network(x.to(device), ids.to(device), mask.to(device)) - MEAN) / STD
+        return (self.network(x.to(device), *self._tokens(prompts, device)) - MEAN) / STD

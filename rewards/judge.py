@@ -10,9 +10,7 @@ gives a high score is not.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +24,13 @@ from diffalign.answers import Asker, in_order
 from diffalign.rewards.base import Card, Images, dispatch
 from diffalign.rewards.judge_parse import POINT_PARSERS
 from diffalign.rewards.judge_templates import Template, load_template
+from diffalign.rewards.missing import MISSING, of_clips, tell_missing
 from diffalign.table import build
 
 ASKERS: dict[str, str] = {
     "endpoint": "diffalign.endpoint:Endpoint",
     "local": "diffalign.rewards.local_vlm:LocalVLM",
 }
-MISSING = float("nan")
-
-log = logging.getLogger(__name__)
 
 
 def load_asker(judge: Asker | Mapping[str, Any], device: torch.device | str = "cpu") -> Asker:
@@ -79,9 +75,7 @@ class _Judge(ABC):
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`."""
         scores = dispatch(self.name, images, prompts, exact=self._score, differentiable=None)
-        frames = len(self.reasons) // len(prompts)
-        per_clip = (self.reasons[start : start + frames] for start in range(0, len(self.reasons), frames))
-        self.reasons = [next(filter(None, of_frames), "") for of_frames in per_clip]
+        self.reasons = of_clips(self.reasons, len(images))
         tell_missing(self.name, self.reasons)
         return scores
 
@@ -102,15 +96,6 @@ class _Judge(ABC):
         except ValueError as error:
             return MISSING, str(error)
         return ((score - low) / (high - low) if self.normalize else score), ""
-
-
-def tell_missing(name: str, reasons: Sequence[str]) -> None:
-    """One line in the log for all that is missing."""
-    missing = Counter(reason for reason in reasons if reason)
-    if missing:
-        reason, times = missing.most_common(1)[0]
-        log.warning("%s: %d of %d pictures have no score; %d times: %s",
-                    name, missing.total(), len(reasons), times, reason)  # fmt: skip
 
 
 def _card(scale: tuple[float, float], source: str, code: str) -> Card:

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffalign.answers import Answer
+from diffalign.errors import first_line
 from diffalign.rewards.preprocess import to_rgb
 from diffalign.rewards.towers import dtype_named
 
@@ -77,10 +78,9 @@ def load_vlm(weights: str | Path, device: torch.device | str, dtype: str) -> tup
         processor = AutoProcessor.from_pretrained(str(weights))
         model: Any = AutoModelForImageTextToText.from_pretrained(str(weights), dtype=number)
     except (OSError, ValueError, KeyError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{weights}: expected a vision-language model of transformers with its processor, could not load it "
-            f"({said}); with a network, run `hf download {weights}` once, or give a folder as weights"
+            f"({first_line(error)}); with a network, run `hf download {weights}` once, or give a folder as weights"
         ) from error
     return processor, model.to(device).requires_grad_(False).eval()
 

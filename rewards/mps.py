@@ -14,9 +14,8 @@ The released code computes in fp16 throughout, positions too, whose angles it th
 from __future__ import annotations
 
 import pickle
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -27,13 +26,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from diffalign.errors import first_line
 from diffalign.rewards.base import Card, CutPrompts, Images, dispatch
 from diffalign.rewards.checkpoints import check_keys, load_strictly, read_state
 from diffalign.rewards.mps_network import CrossModel, head_sizes
 from diffalign.rewards.preprocess import hf_recipe
 from diffalign.rewards.rubrics import rubric
-from diffalign.rewards.texts import TextFeatures
-from diffalign.rewards.towers import dtype_named, state_of
+from diffalign.rewards.texts import NetworkReader, TextFeatures, longer_than
+from diffalign.rewards.towers import dtype_named
 
 THRESHOLD = 0.3
 KEPT = 256  # prompts whose tokens are kept: 80 MB in fp32 as released, 78 rows of 1024 each
@@ -122,45 +122,29 @@ class MPS:
 
 @final
 @dataclass(frozen=True)
-class PromptReader:
+class PromptReader(NetworkReader):
     """The text side of MPS's CLIP, for `TextFeatures`."""
 
-    clip: Any
     tokenizer: Any
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """[B, 78, D] of B prompts, in the type of the network: the 77 tokens, then what the end token sums up."""
-        ids = torch.tensor(self._ids(prompts, truncation=True, padding="max_length", max_length=self._context))
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
+        )
         # without a mask, as released: the padding takes part
-        out = self.clip.text_model(input_ids=ids.to(self.clip.device))
-        projected: Tensor = self.clip.text_projection(torch.cat([out.last_hidden_state, out.pooler_output[:, None]], 1))
+        out = self.model.text_model(input_ids=tokens.input_ids.to(self.device))
+        states = torch.cat([out.last_hidden_state, out.pooler_output[:, None]], 1)
+        projected: Tensor = self.model.text_projection(states)
         return projected
 
     def too_long(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts of which only a part is read."""
-        ids = self._ids(prompts, truncation=False)
-        return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self._context]
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.clip.device)
-
-    @property
-    def state(self) -> Hashable:
-        return state_of(self.clip, self._weights)
-
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        return list(self.clip.parameters())  # walking over a large model takes milliseconds
+        return longer_than(self._context, self.tokenizer, prompts)
 
     @property
     def _context(self) -> int:
-        return int(self.clip.config.text_config.max_position_embeddings)
-
-    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(list(texts), verbose=False, **options).input_ids
-        return found
+        return int(self.model.config.text_config.max_position_embeddings)
 
 
 def counted(words: Tensor, condition: Tensor, threshold: float) -> Tensor:
@@ -194,10 +178,9 @@ def _backbone(backbone: str) -> tuple[Any, Any]:
         config: Any = AutoConfig.from_pretrained(backbone)
         tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError, KeyError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"mps: expected {backbone} to be the folder or hub id of a CLIP, with config.json and its "
-                         f"tokenizer, could not load it ({said}); with a network, run `hf download {backbone}` once, "
-                         f"or give a local copy as backbone=FOLDER") from error  # fmt: skip
+                         f"tokenizer, could not load it ({first_line(error)}); with a network, run `hf download "
+                         f"{backbone}` once, or give a local copy as backbone=FOLDER") from error  # fmt: skip
     if config.model_type != "clip":
         raise ValueError(f"mps: expected {backbone} to be a CLIP, its model_type is {config.model_type}")
     return config, tokenizer

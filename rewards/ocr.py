@@ -13,7 +13,6 @@ picture that the engine fails on scores NaN, not 0, which a training run could n
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, final
 
@@ -22,10 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.rewards.base import Card, Images, dispatch
+from diffalign.rewards.missing import MISSING, of_clips, tell_missing
 from diffalign.rewards.preprocess import to_rgb
 from diffalign.table import resolve
-
-log = logging.getLogger(__name__)
 
 Lines = Sequence[tuple[str, float]]  # (text, confidence), in reading order
 Engine = Callable[[Image.Image], Lines]
@@ -36,6 +34,9 @@ ENGINES: dict[str, str] = {"rapidocr": "diffalign.rewards.ocr:RapidOCR"}
 @final
 class OCR:
     """The share of the quoted text that can be read in the picture, in [0, 1]; NaN where the engine fails.
+
+    `reasons` keeps, of the latest call, why a picture has no score; "" where it has one. A clip's score is the mean
+    over its frames, and missing if one of them is.
 
     Args:
         engine: a row of `ENGINES`, a dotted path "package.module:function" (or class, made without arguments), or a
@@ -61,27 +62,30 @@ class OCR:
 
     def __init__(self, engine: str | Engine = "rapidocr") -> None:
         self._engine = load_engine(engine) if isinstance(engine, str) else engine
+        self.reasons: list[str] = []
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """Scores [B]; see `Reward.__call__`. Float pixels are rounded to 8 bits first."""
-        return dispatch(self.name, images, prompts, exact=self._score, differentiable=None)
+        scores = dispatch(self.name, images, prompts, exact=self._score, differentiable=None)
+        self.reasons = of_clips(self.reasons, len(images))
+        tell_missing(self.name, self.reasons)
+        return scores
 
     def _score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         targets = [quoted(prompt) for prompt in prompts]  # before anything is read: that takes a second a picture
-        texts = [self._read(picture) for picture in [to_rgb(picture) for picture in pictures]]
-        return torch.tensor(
-            [float("nan") if text is None else similarity(text, target)
-             for text, target in zip(texts, targets, strict=True)]
-        )  # fmt: skip
+        pictures = [to_rgb(picture) for picture in pictures]
+        verdicts = [self._judge(picture, target) for picture, target in zip(pictures, targets, strict=True)]
+        self.reasons = [reason for _, reason in verdicts]
+        return torch.tensor([score for score, _ in verdicts])
 
-    def _read(self, picture: Image.Image) -> str | None:
-        """The text of a picture, or None where the engine fails, which the log says."""
+    def _judge(self, picture: Image.Image, target: str) -> tuple[float, str]:
+        """(score, "") or (NaN, reason)."""
         try:
             lines = self._engine(picture)
         except Exception as error:  # any engine may be here, and each has errors of its own
-            log.warning("ocr: the engine failed on a picture of %s pixels, its score is NaN: %r", picture.size, error)
-            return None
-        return joined(lines)
+            size = f"{picture.width} x {picture.height}"
+            return MISSING, f"the engine failed on a picture of {size} pixels: {error!r:.200}"
+        return similarity(joined(lines), target), ""
 
 
 def load_engine(name: str) -> Engine:

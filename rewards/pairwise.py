@@ -22,9 +22,10 @@ from torch import Tensor
 
 from diffalign.answers import Asker, in_order
 from diffalign.rewards.base import Card, Images, dispatch
-from diffalign.rewards.judge import MISSING, load_asker, tell_missing
+from diffalign.rewards.judge import load_asker
 from diffalign.rewards.judge_parse import PAIR_PARSERS
 from diffalign.rewards.judge_templates import load_template
+from diffalign.rewards.missing import MISSING, tell_missing
 from diffalign.table import build
 
 PREFERENCES: dict[str, str] = {"vlm": "diffalign.rewards.pairwise:VLMPreference"}

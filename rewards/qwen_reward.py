@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLModel
 
+from diffalign.errors import first_line
 from diffalign.rewards.checkpoints import check_keys
 from diffalign.rewards.qwen_pictures import MERGE, patched
 
@@ -169,8 +170,8 @@ def new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _no_base(base: str, reward: str, error: Exception) -> ValueError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ValueError(
         f"{reward}: expected {base} to be the folder or hub id of a Qwen2-VL, with config.json and its tokenizer, "
-        f"could not load it ({said}); with a network, run `hf download {base}` once, or give a copy as base=FOLDER"
+        f"could not load it ({first_line(error)}); with a network, run `hf download {base}` once, or give a copy as "
+        f"base=FOLDER"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,49 @@ class Reader(Protocol):
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """[B, ...], a row for each prompt, which depends on that prompt alone."""
+
+
+@dataclass(frozen=True)
+class NetworkReader(ABC):
+    """A `Reader` that is a frozen network: where its weights are, and whether they are still the same."""
+
+    model: Any  # transformers' annotations do not survive strict checking: config.text_config may be a dict there
+
+    @abstractmethod
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """As `Reader.text_features`."""
+
+    @abstractmethod
+    def too_long(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of which only a part is read."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def state(self) -> Hashable:
+        # every write in place counts up a tensor's version; a move or a cast gives it other memory
+        first = self._first
+        versions = sum(0 if weight.is_inference() else weight._version for weight in (first, *self._weights))
+        return first.device, first.dtype, first.data_ptr(), versions
+
+    @property
+    def _first(self) -> Tensor:
+        """Anew from the model: other parameters may have been put in the place of `_weights`."""
+        first: Tensor = next(self.model.parameters())
+        return first
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list(self.model.parameters())  # walking over a large model takes milliseconds
+
+
+def longer_than(context: int, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts of which a tokenizer of transformers makes more than `context` tokens."""
+    # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
+    ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > context]
 
 
 class TextFeatures:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, SiglipModel
 
 from diffalign.assets import asset
+from diffalign.errors import first_line
 from diffalign.rewards.checkpoints import download, is_hub_id, revision_of
 from diffalign.rewards.preprocess import Recipe
+from diffalign.rewards.texts import NetworkReader, longer_than
 from diffalign.rewards.tower_recipes import open_clip_recipe, siglip_recipe, transformers_recipe
 
 OPEN_CLIP = "open_clip:"
@@ -96,10 +97,9 @@ def load_tower(
 
 
 @dataclass(frozen=True)
-class TransformersTower:
+class TransformersTower(NetworkReader):
     """A stock CLIPModel or SiglipModel with its tokenizer."""
 
-    model: Any  # transformers' annotations do not survive strict checking: config.text_config may be a dict there
     tokenizer: Any
     recipe: Recipe
 
@@ -125,22 +125,8 @@ class TransformersTower:
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.logit_scale.device)
-
-    @property
-    def state(self) -> Hashable:
-        return state_of(self.model, self._weights)
-
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        return list(self.model.parameters())  # walking over a large model takes milliseconds
-
     def too_long(self, prompts: Sequence[str]) -> list[str]:
-        # verbose=False: the tokenizer's own warning would say that indexing errors follow, which truncation prevents
-        ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-        return [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) > self._context]
+        return longer_than(self._context, self.tokenizer, prompts)
 
     @property
     def _context(self) -> int:
@@ -148,10 +134,9 @@ class TransformersTower:
 
 
 @dataclass(frozen=True)
-class OpenCLIPTower:
+class OpenCLIPTower(NetworkReader):
     """An open_clip model with its tokenizer."""
 
-    model: Any
     tokenizer: Any
     recipe: Recipe
 
@@ -170,18 +155,6 @@ class OpenCLIPTower:
     def scale(self) -> float:
         return float(self.model.logit_scale.exp())
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.model.logit_scale.device)
-
-    @property
-    def state(self) -> Hashable:
-        return state_of(self.model, self._weights)
-
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        return list(self.model.parameters())  # walking over a large model takes milliseconds
-
     def too_long(self, prompts: Sequence[str]) -> list[str]:
         # one column more than the encoder reads: only a prompt that is too long has anything but padding in it
         ids = self.tokenizer([*prompts, ""], context_length=self._context + 1)[:, -1]
@@ -190,13 +163,6 @@ class OpenCLIPTower:
     @property
     def _context(self) -> int:
         return int(self.model.context_length)
-
-
-def state_of(model: Any, weights: Sequence[Tensor]) -> Hashable:
-    """For `Tower.state`: every write in place counts up a tensor's version; a move or a cast gives it other memory."""
-    first = model.logit_scale  # anew from the model: other parameters may have been put in the place of `weights`
-    versions = sum(0 if weight.is_inference() else weight._version for weight in (first, *weights))
-    return first.device, first.dtype, first.data_ptr(), versions
 
 
 def _projected(output: Any) -> Tensor:
@@ -234,7 +200,7 @@ def _load_transformers(folder: str, device: torch.device | str, dtype: torch.dty
 
 
 def _not_to_be_had(folder: str, error: Exception, reward: str) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     if Path(folder).exists():
         return (
             f"{folder}: expected the folder of a CLIPModel with its tokenizer, as save_pretrained writes it: {reason}"
@@ -264,7 +230,7 @@ def _load_open_clip(
 
 
 def _open_clip_failed(name: str, weights: str | Path | None, error: Exception, reward: str) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     if weights:
         return f"{weights}: expected an open_clip checkpoint of {name}, could not read it: {reason}"
     repo = open_clip.get_pretrained_cfg(*name.split("/")).get("hf_hub", "").strip("/")

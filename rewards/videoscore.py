@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Idefics2Model, Idefics2PreTrainedModel
 
+from diffalign.errors import first_line
 from diffalign.rewards.base import Card, Images
 from diffalign.rewards.clips import dispatch_clips
 from diffalign.rewards.preprocess import to_pictures
@@ -123,11 +124,10 @@ def _loaded(weights: str, dtype: torch.dtype) -> tuple[Any, Any]:
             raise ValueError(f"its model_type is {config.model_type}, not idefics2")
         loaded: Any = VideoScoreNetwork.from_pretrained(weights, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"videoscore: expected {weights} to be the folder or hub id of a VideoScore with its processor, "
-            f"could not load it ({said}); with a network, run `hf download {weights}` once, or give weights=FOLDER, "
-            f"on the command line --weights videoscore=FOLDER"
+            f"could not load it ({first_line(error)}); with a network, run `hf download {weights}` once, or give "
+            f"weights=FOLDER, on the command line --weights videoscore=FOLDER"
         ) from error
     network, report = loaded
     wrong = {"lacks": sorted(report["missing_keys"]), "has also": sorted(report["unexpected_keys"])}

@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.config import (
-    RunConfig,
-    apply_override,
-    as_dict,
-    dump,
-    find_config,
-    load_config,
-    packaged_configs,
-    read_yaml,
-)
+from diffalign.config import RunConfig, as_dict, dump, find_config, load_config, packaged_configs
+from diffalign.strict_yaml import apply_override, read_yaml
 
 SMALL = {"pretrained_model_name_or_path": "tiny-sd", "data": {"name": "jsonl", "path": "pairs"}}
 

@@ -10,8 +10,9 @@ from typing import Any
 from diffalign.comparing.match import Match, Meeting, said
 from diffalign.comparing.measure import Verdict, prompt_scores
 from diffalign.manifests import Entry
+from diffalign.pages import write_html
 from diffalign.scoring.files import ScoreRow
-from diffalign.scoring.page import thumbnail, write_html
+from diffalign.scoring.page import thumbnail
 from diffalign.scoring.run import Scored
 
 SHOWN = 8  # prompts at either end

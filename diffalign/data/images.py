@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffalign.errors import first_line
+
 LARGEST = 89_478_485  # pixels; beyond, a small file may be made to fill the memory (Pillow's own limit for a warning)
 # what Pillow's decoders raise on damaged files
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
@@ -75,8 +77,7 @@ def _has_several_frames(image: Image.Image) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).partition(" <_io")[0].strip()  # Pillow names its buffer, which means nothing to a reader
-    return text.splitlines()[0] if text else type(error).__name__
+    return first_line(error).partition(" <_io")[0]  # Pillow names its buffer, which means nothing to a reader
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffalign.assets import asset
 from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, make_record
+from diffalign.errors import first_line
 
 SHIPPED = "shapes-pairs"
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
@@ -56,9 +57,9 @@ class ParquetCell:
         Raises:
             ValueError: the file is gone, or has changed.
         """
-        value = _bytes(row_group(self.file, self.group, READ)[self.column][self.row].as_py())
+        value = _bytes(cell(self.file, self.group, self.row, self.column, READ))
         if value is None:
-            raise ValueError(f"{self.file} has changed: row {self.row} of group {self.group} has no {self.column} now")
+            raise _changed(self.file, self.group, self.row, self.column)
         return value
 
 
@@ -137,26 +138,51 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
                     yield f"{file.name} row {index}", row, (cells[0], cells[1])
                     index += 1
         except (OSError, pa.ArrowException) as error:  # the other files may be whole
-            yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({_first_line(error)})")
+            yield BrokenRow(f"{file.name} from row {index} on", f"not a readable parquet file ({first_line(error)})")
 
 
-@functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
 def row_group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
     """Those of `columns` that a parquet file has, of one of its row groups, as a table; the latest two are kept.
+
+    A file that was written again, which its size or time of change tells, is read again.
 
     Raises:
         ValueError: gone, changed or damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        opened = pq.ParquetFile(file)
-        return opened.read_row_group(group, columns=[name for name in columns if name in opened.schema_arrow.names])
+        found = file.stat()
+        return _row_group(file, group, columns, (found.st_size, found.st_mtime_ns))
     except FileNotFoundError as error:
         raise ValueError(f"{file} is gone") from error
     except (OSError, IndexError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: row group {group} is not readable ({_first_line(error)})") from error
+        raise ValueError(f"{file}: row group {group} is not readable ({first_line(error)})") from error
+
+
+def cell(file: Path, group: int, row: int, column: str, columns: tuple[str, ...]) -> Any:
+    """One value of a parquet file; `columns` are those that are read with it, and kept.
+
+    Raises:
+        ValueError: as `row_group`, or the file was written again, without that cell.
+    """
+    try:
+        return row_group(file, group, columns)[column][row].as_py()
+    except (IndexError, KeyError) as error:
+        raise _changed(file, group, row, column) from error
+
+
+def _changed(file: Path, group: int, row: int, column: str) -> ValueError:
+    return ValueError(f"{file} has changed: row {row} of group {group} has no {column} now")
+
+
+@functools.lru_cache(maxsize=2)  # readers go in order: a group is decompressed once, not once per picture
+def _row_group(file: Path, group: int, columns: tuple[str, ...], written: tuple[int, int]) -> Any:
+    """`written` only tells one content of the file from the next."""
+    import pyarrow.parquet as pq
+
+    opened = pq.ParquetFile(file)
+    return opened.read_row_group(group, columns=[name for name in columns if name in opened.schema_arrow.names])
 
 
 def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
@@ -165,7 +191,7 @@ def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
     try:
         table = datasets.load_from_disk(str(place))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{place}: not a readable folder of datasets.save_to_disk ({_first_line(error)})") from error
+        raise ValueError(f"{place}: not a readable folder of datasets.save_to_disk ({first_line(error)})") from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise ValueError(f"{place}: no split {split!r}; set data.split to one of {', '.join(sorted(table))}")
@@ -189,7 +215,7 @@ def _streamed_rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:
             yield f"{path} row {index}", row, (pictures[0], pictures[1])
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: no such file or folder, and no data set with a split {split!r} that can be had from "
-                         f"the hub ({_first_line(error)})") from error  # fmt: skip
+                         f"the hub ({first_line(error)})") from error  # fmt: skip
 
 
 def _undecoded(table: Any) -> Any:
@@ -216,8 +242,3 @@ def _bytes(cell: Iterable[Any] | None) -> bytes | None:
     """A cell's bytes: a column of `datasets` images comes as {"bytes": ..., "path": ...}."""
     value = cell.get("bytes") if isinstance(cell, Mapping) else cell
     return value if isinstance(value, bytes) else None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

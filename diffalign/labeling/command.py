@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,11 +18,12 @@ from diffalign.labeling.aggregate import AGGREGATES, NEED_POSITIVE, equal
 from diffalign.labeling.choose import Choice, choose
 from diffalign.labeling.files import Labeled, check_out, write_labels
 from diffalign.manifests import Entry
-from diffalign.scoring.command import NAMED, reason, score_beside, write_text
+from diffalign.scoring.command import NAMED, reason, score_beside
 from diffalign.scoring.files import ScoreRow
 from diffalign.scoring.run import Scored, formula
 from diffalign.scoring.sources import SUMMARY, is_score_file, read_score_files
 from diffalign.table import coerce, resolve, unknown
+from diffalign.writing import write_json
 
 LEFT_OUT = {  # what is counted as left out, and how it is said
     "broken": "pictures or rows that cannot be scored",
@@ -233,7 +233,7 @@ def _result(
     }
     named = [{"where": row.source, "reason": row.reason} for row in broken]
     summary = out.with_name(out.name + SUMMARY)
-    write_text(summary, json.dumps(data | {"named": named}, indent=2, ensure_ascii=False) + "\n")
+    write_json(summary, data | {"named": named}, ensure_ascii=False)
     text = [
         f"{len(written)} {kind} of {prompts} prompts in {out}, {ties} of them ties; "
         f"{len(scored.rows)} pictures, {scored.new} scored now; ranked by {wanted.aggregate} of {formula(weights)}"

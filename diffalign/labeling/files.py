@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from diffalign.manifests import Entry
 from diffalign.scoring.files import seen_from
+from diffalign.writing import replacing
 
 FORMATS = (".jsonl", ".parquet")
 PICTURES = ".pictures"  # folder beside a .jsonl for pictures that are no files of their own
@@ -60,13 +60,8 @@ def write_labels(path: Path, rows: Iterable[Labeled]) -> None:
         ValueError: another ending, or a picture that has gone.
     """
     check_out(path, rank=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         (_write_jsonl if path.suffix.lower() == ".jsonl" else _write_parquet)(partial, path, rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_jsonl(partial: Path, path: Path, rows: Iterable[Labeled]) -> None:
@@ -88,10 +83,8 @@ def _beside(entry: Entry, path: Path) -> str:
     name = f"{path.name}{PICTURES}/{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
     place = path.parent / name
     if not place.exists():
-        place.parent.mkdir(exist_ok=True)
-        partial = place.with_name(place.name + ".partial")
-        partial.write_bytes(data)
-        os.replace(partial, place)
+        with replacing(place) as partial:
+            partial.write_bytes(data)
     return name
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.pickapic import row_group
+from diffalign.data.pickapic import cell
 from diffalign.data.records import BrokenRow, ImageSource
+from diffalign.errors import first_line
 from diffalign.manifests.entry import Listed, columns, row_of_path
 
 ONE_AT_A_TIME = threading.Lock()  # else every thread that opens pictures would read the same row group for itself
@@ -31,7 +32,7 @@ class PictureCell:
             ValueError: the file is gone or damaged, or the cell is empty.
         """
         with ONE_AT_A_TIME:
-            value = row_group(self.file, self.group, (self.column,))[self.column][self.row].as_py()
+            value = cell(self.file, self.group, self.row, self.column, (self.column,))
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if isinstance(data, bytes):
             return data
@@ -58,7 +59,7 @@ def _rows(file: Path) -> Iterator[Listed | BrokenRow]:
     try:
         opened = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({_first_line(error)})") from error
+        raise ValueError(f"{file}: not a readable parquet file ({first_line(error)})") from error
     schema = opened.schema_arrow
     image, prompt = columns(schema.names, str(file))
     as_path = pa.types.is_string(schema.field(image).type) or pa.types.is_large_string(schema.field(image).type)
@@ -70,7 +71,7 @@ def _rows(file: Path) -> Iterator[Listed | BrokenRow]:
         try:
             rows = opened.read_row_group(group, columns=read).to_pylist() or [{}] * count
         except (OSError, pa.ArrowException) as error:  # other row groups may be whole
-            yield BrokenRow(f"{file}, rows {first} to {first + count - 1}", f"not readable ({_first_line(error)})")
+            yield BrokenRow(f"{file}, rows {first} to {first + count - 1}", f"not readable ({first_line(error)})")
             rows = []
         for index, row in enumerate(rows):
             where = f"{file}, row {first + index}"
@@ -96,7 +97,3 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _holds_bytes(kind.value_type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from diffalign.scoring.page import page_file, write_page
 from diffalign.scoring.run import Scored, kept, score_entries, summarize
 from diffalign.scoring.sources import SUMMARY
 from diffalign.table import coerce, unknown
+from diffalign.writing import write_json
 
 JOURNAL = ".journal"  # beside --out
 NAMED = 20  # broken rows that are named one by one; the summary names all
@@ -141,7 +140,7 @@ def _to_file(out: Path, scored: Scored, chosen: Sequence[ScoreRow], summary: Map
     broken = [{"where": row.source, "reason": row.reason} for row in scored.broken]
     counts = {"pictures": len(scored.rows), "kept": len(chosen), "new": scored.new, "broken": len(broken)}
     told = {"out": str(out), **counts, "images_per_second": round(scored.rate, 2), "rewards": summary}
-    write_text(out.with_name(out.name + SUMMARY), json.dumps(told | {"broken_pictures": broken}, indent=2) + "\n")
+    write_json(out.with_name(out.name + SUMMARY), told | {"broken_pictures": broken})
     rows = [(name, f"{facts['weight']:g}", _cell(facts["mean"]), _cell(facts["min"]), _cell(facts["max"]),
              str(facts["missing"]), facts["unit"])
             for name, facts in summary.items() if name in _shown(summary)]  # fmt: skip
@@ -173,10 +172,3 @@ def _cell(score: float | None) -> str:
 def _mentioning(result: Result, page: Path) -> Result:
     text = "\n".join(filter(None, (result.text, f"best and worst pictures in {page}")))
     return Result(result.data | {"page": str(page)}, text, result.header, result.rows)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

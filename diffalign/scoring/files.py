@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.manifests.tables import LONGEST_CELL
+from diffalign.writing import replacing
 
 SUM = "weighted"  # the weighted sum beside its terms
 PREFIX = "score."
@@ -66,17 +67,15 @@ def write_scores(path: Path, rows: Sequence[ScoreRow], names: Sequence[str], uni
         ValueError: another ending than .jsonl, .csv or .parquet.
     """
     check_format(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    moved = (_moved(row, path.parent) for row in rows)
-    if path.suffix.lower() == ".jsonl":
-        _write_jsonl(partial, moved)
-    else:
+    with replacing(path) as partial:
+        moved = (_moved(row, path.parent) for row in rows)
+        if path.suffix.lower() == ".jsonl":
+            _write_jsonl(partial, moved)
+            return
         flat = [_flat(row, names) for row in moved]
         columns = list(dict.fromkeys([*_columns(names), *(name for row in flat for name in row)]))
         writer = _write_csv if path.suffix.lower() == ".csv" else _write_parquet
         writer(partial, flat, columns, {f"unit.{name}": unit for name, unit in units.items()})
-    os.replace(partial, path)
 
 
 def read_scores(path: str | Path) -> Iterator[ScoreRow]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
 from diffalign.data.records import BrokenRow
 from diffalign.manifests import Entry
+from diffalign.pages import write_html
 from diffalign.scoring.files import ScoreRow
 
 SHOWN = 12  # pictures at either end
@@ -48,20 +47,6 @@ def write_page(
     write_html(
         path, "scores.html.j2", sections=sections, count=len(rows), broken=broken[:NAMED], num_broken=len(broken)
     )
-
-
-def write_html(path: Path, template: str, **values: Any) -> None:
-    """Renders a template of diffalign/templates and writes it in one piece."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(template).render(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def ends(scores: Sequence[float], shown: int = SHOWN) -> tuple[list[int], list[int]]:

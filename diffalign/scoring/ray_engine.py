@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffalign.errors import lines
 from diffalign.manifests import Entry
 from diffalign.rewards import load_rewards
 from diffalign.scoring.batch import Outcome
@@ -100,4 +101,4 @@ def _cause(error: BaseException) -> str:
     """The innermost error's last line: what the worker itself would have said."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return lines(error)[-1]

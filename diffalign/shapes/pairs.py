@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from diffalign.pipelines import load_pipeline
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.verify import verify
+from diffalign.writing import replacing
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # a fixed time, so that the same command writes the same bytes
 
@@ -110,9 +110,8 @@ def main() -> None:
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Parquet, in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd", row_group_size=256)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd", row_group_size=256)
     print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e6:.2f} MB")
 
 

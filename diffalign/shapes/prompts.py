@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from diffalign.shapes.grammar import Scene, sample_scenes
+from diffalign.writing import write_text
 
 
 def lines(scenes: list[Scene]) -> str:
@@ -23,8 +24,7 @@ def main() -> None:
     parser.add_argument("--split", default="heldout")
     parser.add_argument("--count", type=int, default=600)
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(lines(sample_scenes(args.split, args.count, seed=0)))
+    write_text(args.out, lines(sample_scenes(args.split, args.count, seed=0)))
 
 
 if __name__ == "__main__":

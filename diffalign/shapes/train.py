@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,11 +31,12 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.process import NoiseProcess, VariancePreserving, per_sample, target
 from diffalign.shapes import tiny_sd, tiny_sd3, tiny_sdxl
 from diffalign.shapes.grammar import Scene, sample_scenes
+from diffalign.shapes.rates import pass_rates
 from diffalign.shapes.render import render
 from diffalign.shapes.train_common import Halved, cosine_lr, save_atomically, update_ema
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_known, sides_loss, teach_sides
-from diffalign.shapes.verify import verify
 from diffalign.table import resolve
+from diffalign.writing import replacing
 
 MODELS: dict[str, Callable[[AutoencoderKL], Any]] = {
     "tiny-sd": tiny_sd.build,
@@ -86,22 +85,6 @@ def latent_pool(pipe: LatentPipeline, scenes: list[Scene], seed: int) -> Tensor:
         pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div(255)
         parts.append(pipe.encode(pixels)[0])
     return torch.cat(parts).contiguous()
-
-
-@torch.no_grad()
-def pass_rates(stock: Any, scenes: list[Scene], seed: int = 0, batch: int = 64) -> dict[str, float]:
-    """Share of pictures that the verifier accepts, per category and in all, with the stock defaults except 20 steps."""
-    stock.set_progress_bar_config(disable=True)
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for start in range(0, len(scenes), batch):
-        part = scenes[start : start + batch]
-        generators = [torch.Generator(stock.device).manual_seed(seed + start + i) for i in range(len(part))]
-        images = stock([str(s) for s in part], num_inference_steps=20, generator=generators, output_type="np").images
-        for scene, image in zip(part, images, strict=True):
-            ok = verify((image * 255).round().astype(np.uint8), scene).ok
-            hits[scene.category].append(ok)
-            hits["all"].append(ok)
-    return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
 
 
 class Trainer:
@@ -187,9 +170,8 @@ class Trainer:
             save_atomically(Halved(pipe), self.args.out)
         modules = (self.modules, self.reader, self.optimizer)
         state = {"done": self.done, "modules": [m.state_dict() for m in modules], "average": self.average}
-        file = state_file(self.args.out)
-        torch.save(state, file.with_suffix(".partial"))
-        os.replace(file.with_suffix(".partial"), file)
+        with replacing(state_file(self.args.out)) as partial:
+            torch.save(state, partial)
 
     def resume(self) -> bool:
         """True when there was a state to go on from."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +11,7 @@ from typing import Protocol
 import torch
 
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.writing import replacing_folder
 
 
 class _Savable(Protocol):
@@ -38,17 +37,10 @@ def update_ema(average: Mapping[str, torch.Tensor], model: torch.nn.Module, deca
 
 def save_atomically(model: _Savable, folder: Path) -> None:
     """Writes the model beside `folder` and renames: a kill leaves the old folder or the new one, never half of one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, previous = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".previous")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    for file in partial.rglob("*.json"):
-        _forget_origin(file)
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, previous)
-    os.replace(partial, folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(str(partial))
+        for file in partial.rglob("*.json"):
+            _forget_origin(file)
 
 
 def _forget_origin(file: Path) -> None:

@@ -68,8 +68,8 @@ def verify(image: Image.Image | NDArray[np.uint8], caption: str | Scene) -> Verd
     scene = parse(caption) if isinstance(caption, str) else caption
     seen, specks = look(image)
     wrong = list(_wrong_objects(scene, seen))
-    relation_holds = not wrong and _relation_holds(scene, seen)
-    if scene.relation and not wrong and not relation_holds:
+    related = not wrong and relation_holds(scene, seen)
+    if scene.relation and not wrong and not related:
         wrong.append(f"the {scene.things[0]} is not {scene.relation} the {scene.things[1]}")
     if specks > MAX_SPECKS:
         wrong.append(f"{specks} colored pixels belong to no object")
@@ -159,7 +159,7 @@ def _wrong_objects(scene: Scene, seen: tuple[Seen, ...]) -> list[str]:
     return wrong
 
 
-def _relation_holds(scene: Scene, seen: tuple[Seen, ...]) -> bool:
+def relation_holds(scene: Scene, seen: tuple[Seen, ...]) -> bool:
     """True for a scene without a relation; the axis of the larger distance decides, so one relation holds at most."""
     if scene.relation is None:
         return True
@@ -181,7 +181,7 @@ def _partial_score(scene: Scene, seen: tuple[Seen, ...]) -> float:
     facts = [colors, shapes, objects, float(len(seen) == len(scene.things))]
     if scene.relation:
         present = all(any(_is(one, thing) for one in seen) for thing in scene.things)
-        facts.append(float(present and _relation_holds(scene, seen)))
+        facts.append(float(present and relation_holds(scene, seen)))
     return 0.9 * sum(facts) / len(facts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,32 @@ def test_a_broken_picture_in_parquet_shifts_nothing(tmp_path: Path) -> None:
     for pair, index in zip(pairs.train, (1, 3), strict=True):
         caption, winner, loser = toy_pairs.rows(4)[index]
         assert (pair.prompt, *(s.read() for s in pair.record.winner_loser())) == (caption, winner, loser)
+
+
+def test_a_parquet_file_that_is_written_again_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, opened, open_file = tmp_path / "pairs.parquet", [], pq.ParquetFile
+    rows = toy_pairs.pickapic_rows(2)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    _, record = read("pickapic", file)
+    assert isinstance(record, PreferenceRecord)
+    before = [picture.read() for picture in record.images]
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: opened.append(path) or open_file(path))
+    assert [picture.read() for picture in record.images] == before and not opened, "kept while the file stays"
+
+    swapped = [row | {"jpg_0": row["jpg_1"], "jpg_1": row["jpg_0"]} for row in rows]
+    size, earlier = file.stat().st_size, file.stat()
+    pq.write_table(pa.Table.from_pylist(swapped), file)
+    os.utime(file, ns=(earlier.st_atime_ns, earlier.st_mtime_ns + 1))
+    assert file.stat().st_size == size, "only the time tells"
+    assert [picture.read() for picture in record.images] == before[::-1] and len(opened) == 1
+
+    for fewer in (rows[:1], [{"caption": "a"}] * 2):
+        pq.write_table(pa.Table.from_pylist(fewer), file)
+        with pytest.raises(ValueError, match="has changed: row 1 of group 0 has no jpg_0 now"):
+            record.images[0].read()
+    file.unlink()
+    with pytest.raises(ValueError, match="is gone"):
+        record.images[0].read()
 
 
 BAD_LINES: dict[str, tuple[str, str]] = {

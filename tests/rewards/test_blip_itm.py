@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from diffalign.rewards import load_reward
-from diffalign.rewards.blip import resized_positions
+from diffalign.rewards.blip import MedBert, resized_positions
 from diffalign.rewards.blip_itm import UNUSED
 from diffalign.rewards.blip_score import tokenized
 
@@ -200,6 +200,28 @@ def test_the_gradient_is_that_of_finite_differences(rewards: dict[str, Any], out
     with torch.no_grad():
         up, down = (rewards[output](pixels + step * direction, PROMPTS[:1]).item() for step in (1e-2, -1e-2))
     assert (up - down) / 2e-2 == pytest.approx(pixels.grad.norm().item(), rel=0.02)
+
+
+def test_the_cosine_reads_a_prompt_once_until_the_weights_change(
+    official: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    reward, read, asked = load_reward("blip-itm", weights=official, output="cosine", **KEYWORDS), MedBert.forward, []
+    monkeypatch.setattr(MedBert, "forward", lambda self, ids, *rest: asked.append(len(ids)) or read(self, ids, *rest))
+    with torch.inference_mode():
+        before = scores(reward)
+    assert asked == [1] * len(set(PROMPTS)), "alone, so that no score depends on what was asked before"
+    pixels = torch.full((1, 3, 24, 20), 0.5, requires_grad=True)
+    reward(pixels, PROMPTS[2:3]).sum().backward()
+    assert pixels.grad is not None and torch.equal(scores(reward), before)
+    assert len(asked) == len(set(PROMPTS)) and caplog.text.count("longer than the text encoder reads") == 1
+    with torch.no_grad():
+        reward.network.text_proj.weight.mul_(torch.linspace(-1, 1, SHARED)[:, None])
+    after = scores(reward)
+    assert len(asked) == 2 * len(set(PROMPTS)) and (after - before).abs().max() > 0.01
+    reward.network.visual_encoder.double().float()
+    assert torch.equal(scores(reward), after) and len(asked) == 2 * len(set(PROMPTS)), "another side of the network"
+    reward.network.text_encoder.bfloat16()
+    assert 0 < (scores(reward) - after).abs().max() < 0.05 and len(asked) == 3 * len(set(PROMPTS))
 
 
 def keys_kernel(distance: float, a: float = -0.75) -> float:

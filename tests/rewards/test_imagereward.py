@@ -89,8 +89,8 @@ def test_another_recipe_is_far_off(reward: Any, recipe: Any, least: float):
 def test_a_prompt_that_begins_with_enc_is_far_off(reward: Any, monkeypatch: pytest.MonkeyPatch):
     """BLIP's other tasks put [ENC] there."""
 
-    def with_enc(prompts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = tokenized(prompts)
+    def with_enc(prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        ids, mask = tokenized(prompts, device)
         ids[:, 0] = oracle.golden("imagereward")["enc_token_id"]
         return ids, mask
 

@@ -133,6 +133,8 @@ def test_pixels_clips_and_a_clip_with_a_missing_frame():
     scores = reward(clips, ["a", "b", "c"])
     assert scores[[0, 2]].tolist() == [3, 8] and scores[1].isnan()
     assert reward.reasons == ["", "it is silent", ""]
+    assert reward(clips[:, 1] / 255, ["one for all"])[[0, 2]].tolist() == [4, 8]
+    assert reward.reasons == ["", "it is silent", ""]
     assert reward(clips[:, 0] / 255, ["a", "b", "c"]).tolist() == [2, 6, 8]
     with pytest.raises(ValueError, match="'vlm' has no gradient"):
         reward((clips[:, 0] / 255).requires_grad_(), ["a", "b", "c"])

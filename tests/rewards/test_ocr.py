@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffalign.rewards import load_reward
+from diffalign.rewards.base import Explains
 from diffalign.rewards.ocr import levenshtein, quoted, similarity
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -72,7 +73,24 @@ def test_a_picture_that_the_engine_fails_on_is_not_a_wrong_text(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         scores = reward([PICTURE, PICTURE.resize((4, 4)), PICTURE], [PROMPT] * 3)
     assert scores[[0, 2]].tolist() == [1, 1] and scores[1].isnan()
-    assert "no memory left" in caplog.text and "(4, 4)" in caplog.text
+    reason = "the engine failed on a picture of 4 x 4 pixels: RuntimeError('no memory left')"
+    assert isinstance(reward, Explains) and reward.reasons == ["", reason, ""]
+    assert f"ocr: 1 of 3 pictures have no score; 1 times: {reason}" in caplog.text
+    assert reward([PICTURE], [PROMPT]).item() == 1 and reward.reasons == [""]
+
+
+def test_of_a_clip_and_of_one_prompt_for_all_there_is_a_reason_each():
+    def fails_on_black_ones(picture: Image.Image):
+        if not picture.getpixel((0, 0))[0]:
+            raise RuntimeError
+        return [("open now", 0.9)]
+
+    reward = load_reward("ocr", engine=fails_on_black_ones)
+    clips = torch.tensor([[9, 9], [9, 0], [9, 9]], dtype=torch.uint8).view(3, 2, 1, 1, 1).expand(3, 2, 3, 4, 4)
+    scores = reward(clips, [PROMPT])
+    assert scores[[0, 2]].tolist() == [1, 1] and scores[1].isnan()
+    failed = "the engine failed on a picture of 4 x 4 pixels: RuntimeError()"
+    assert reward.reasons == ["", failed, ""]
 
 
 @pytest.mark.parametrize("prompt", ["a sign", 'a sign that says "open', 'a "" sign', 'a " " sign', "a 'single' quote"])

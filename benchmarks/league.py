@@ -1,0 +1,221 @@
+"""Every method on every shipped model: the same pictures, the same labels, the same budget of network evaluations.
+
+    make league                                                        # what has not run yet, then the page
+    python -m benchmarks.league --models tiny-sd --methods dpo kto --seeds 0 1 2
+    python -m benchmarks.league --page                                 # only the page, from the rows that are there
+
+Each model draws its own training pictures once (`league_data`), which the verifier ranks; a method sees them through
+its own view. A row trains one method with the settings of configs/tiny-sd/<method>.yaml for at most BUDGET evaluations
+of the network (policy, reference, sampling and inversion; a picture at a time is one, a backward pass is not counted),
+then draws the held-out captions with and without the LoRA, from the same noise. Settings were never chosen on held-out
+captions. A finished row is one JSON file under docs/league/rows, with the hash of its config and code; it is not
+computed again unless one of them changes, or --again is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.league_data import league_data
+from benchmarks.league_page import write_page
+from diffalign.assets import asset
+from diffalign.config import as_dict, load_config
+from diffalign.generation import generate
+from diffalign.methods import METHODS
+from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import load_lora
+from diffalign.prompts import read_prompts
+from diffalign.rewards import load_reward
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.shapes.grammar import Scene, parse
+from diffalign.shapes.verify import verify
+from diffalign.startup import prepare_run
+from diffalign.table import resolve
+from diffalign.telemetry import drift
+from diffalign.trainer import Trainer
+
+MODELS = ("tiny-sd", "tiny-sdxl", "tiny-sd3")
+SEEDS = {"tiny-sd": (0, 1, 2), "tiny-sdxl": (0,), "tiny-sd3": (0,)}
+ELSEWHERE = {"ppd": "benchmarks.ppd: it needs users, and wins by each user's own taste"}
+BUDGET = 20_000
+DRAWS = 540
+GUIDANCE_SCALE = 4.5
+SEED_OF_DRAWS = 90_000
+ROWS = Path("docs/league/rows")
+CODE = ("losses", "process", "sampling", "batches", "reference", "selection", "trainer", "methods.base")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Held-out pictures [N, 3, H, W] of one model: which pass [N], and what the learned reward says of them [N]."""
+
+    pixels: Tensor
+    passed: list[int]
+    learned: list[float]
+
+
+class Counter:
+    """How many samples a network was evaluated on."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.count = 0
+        network.register_forward_hook(self._add, with_kwargs=True)
+
+    def _add(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: object) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.count += len(tensors[0])
+
+
+def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> list[str]:
+    """What the league changes of a method's config: the model, the data, and where things go."""
+    prompts_alone = ["rewards={shapes: 1.0}"] if method == "online_dpo" else []
+    return [
+        f"pretrained_model_name_or_path={model}",
+        f"data={{name: jsonl, path: {data}, val_fraction: 0}}",
+        f"output_dir={folder}",
+        f"cache_dir={data.parent / 'cache'}",
+        f"seed={seed}",
+        "validation_prompts=[]",
+        "validation_steps=null",
+        "early_stopping_patience=null",
+        "report_to=none",
+        "checkpointing_steps=1000000",
+        *prompts_alone,
+    ]
+
+
+def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> tuple[Path, int, float, int]:
+    """(folder of the LoRA, evaluations, seconds, examples a step) of a run of so many steps."""
+    shutil.rmtree(folder, ignore_errors=True)
+    prepared = prepare_run(config, [*changes, f"max_train_steps={steps}"])
+    counter, start = Counter(prepared.pipe.network), time.perf_counter()
+    run = Trainer(prepared).fit()
+    examples = prepared.config.train_batch_size * prepared.config.gradient_accumulation_steps
+    return run.folder, counter.count, time.perf_counter() - start, examples
+
+
+def affordable_steps(config: str, changes: Sequence[str], folder: Path) -> int:
+    """Steps that fit the budget, from what one step and what three steps take."""
+    one, three = (trained(config, changes, steps, folder)[1] for steps in (1, 3))
+    return max(1, int((BUDGET - one) / ((three - one) / 2)) + 1)
+
+
+def held_out() -> list[Scene]:
+    """The first DRAWS held-out captions."""
+    return [parse(prompt.text) for prompt in read_prompts(str(asset("prompts/shapes-heldout.jsonl")))[:DRAWS]]
+
+
+def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
+    """The held-out pictures of a model."""
+    pipe = load_pipeline(model)
+    if lora:
+        load_lora(pipe, lora)
+    prompts = [str(scene) for scene in scenes]
+    seeds = range(SEED_OF_DRAWS, SEED_OF_DRAWS + len(prompts))
+    pixels = generate(pipe, prompts, seeds=seeds, batch_size=60, guidance_scale=GUIDANCE_SCALE)
+    pictures = to_pictures(pixels)
+    passed = [int(verify(np.asarray(p), s).ok) for p, s in zip(pictures, scenes, strict=True)]
+    with torch.no_grad():
+        learned = load_reward("clip", model="tiny-clip")(pictures, prompts).tolist()
+    return Drawn(pixels, passed, learned)
+
+
+def key_of(config: str, changes: Sequence[str], method: str) -> str:
+    """Hash of a row's config and of the code that trains it; folders do not count."""
+    values = as_dict(load_config(config, changes))
+    for where in ("output_dir", "cache_dir", "data"):
+        del values[where]
+    modules = [f"diffalign.{name}" for name in CODE] + [resolve(METHODS, method, "method").__module__]
+    sources = [inspect.getsource(__import__(name, fromlist=["x"])) for name in modules]
+    return hashlib.sha256("\n".join([json.dumps(values, sort_keys=True, default=str), *sources]).encode()).hexdigest()[
+        :16
+    ]
+
+
+def base_row(model: str, scenes: Sequence[Scene], work: Path) -> tuple[dict[str, Any], Drawn]:
+    """The model as it ships; its pictures are kept under `work`."""
+    file, pictures = ROWS / f"{model}-base.json", work / "base.pt"
+    if file.exists() and pictures.exists():
+        return json.loads(file.read_text()), Drawn(**torch.load(pictures))
+    found = drawn(model, None, scenes)
+    torch.save(vars(found), pictures)
+    row = {"model": model, "method": "base", "seed": None, "passed": _marks(found.passed),
+           "learned": float(np.mean(found.learned))}  # fmt: skip
+    _write(file, row)
+    return row, found
+
+
+def method_row(
+    model: str, method: str, seed: int, scenes: Sequence[Scene], base: Drawn, work: Path, again: bool
+) -> None:
+    """Trains and draws one row, unless it is there."""
+    file, folder = ROWS / f"{model}-{method}-{seed}.json", work / f"{method}-{seed}"
+    config, changes = f"tiny-sd/{method}", overrides(model, method, seed, work / "data", folder)
+    key = key_of(config, changes, method)
+    if file.exists() and not again and json.loads(file.read_text())["key"] == key:
+        return
+    steps = affordable_steps(config, changes, work / "probe")
+    lora, evaluations, seconds, examples = trained(config, changes, steps, folder)
+    found = drawn(model, lora, scenes)
+    row = {
+        "model": model, "method": method, "seed": seed, "key": key, "steps": steps, "examples": steps * examples,
+        "evaluations": evaluations, "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
+        "machine": platform.machine(), "torch": torch.__version__, "passed": _marks(found.passed),
+        "learned": float(np.mean(found.learned)), "drift": float(drift(found.pixels, base.pixels).mean()),
+    }  # fmt: skip
+    _write(file, row)
+    gain = np.mean(found.passed) - np.mean(base.passed)
+    print(f"{model} {method} seed {seed}: {np.mean(found.passed):.3f}, gain {gain:+.3f}, {steps} steps, "
+          f"{evaluations} evaluations, {seconds:.0f} s", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--methods", nargs="*", default=[name for name in METHODS if name not in ELSEWHERE])
+    parser.add_argument("--seeds", nargs="*", type=int, help="default: 0 1 2 for tiny-sd, 0 for the others")
+    parser.add_argument("--work", type=Path, default=Path("runs/league"), help="pictures, caches and LoRAs")
+    parser.add_argument("--again", action="store_true", help="also rows that are there")
+    parser.add_argument("--page", action="store_true", help="only the page")
+    args = parser.parse_args()
+    if not args.page:
+        scenes = held_out()
+        for model in args.models:
+            work = args.work / model
+            work.mkdir(parents=True, exist_ok=True)
+            league_data(load_pipeline(model), work / "data")
+            _, base = base_row(model, scenes, work)
+            for seed in args.seeds or SEEDS[model]:
+                for method in args.methods:
+                    method_row(model, method, seed, scenes, base, work, args.again)
+                    write_page(ROWS.parent, held_out())
+    write_page(ROWS.parent, held_out())
+
+
+def _marks(passed: Sequence[int]) -> str:
+    return "".join(map(str, passed))
+
+
+def _write(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(row, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

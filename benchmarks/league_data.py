@@ -1,0 +1,96 @@
+"""The league's training data: pictures that each model draws itself, ranked by the verifier, in one file for all views.
+
+Each line of metadata.jsonl is a caption of the training split with its pictures, best first, their scores, the caption
+of what the worst one shows (for methods with two captions), and a map of where objects are (for region labels). So
+pairs, lists, thumbs and captions are views of the same pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffalign.generation import generate
+from diffalign.pipelines.base import LatentPipeline
+from diffalign.rewards.preprocess import to_pictures
+from diffalign.shapes.describe import describe
+from diffalign.shapes.grammar import Scene, sample_scenes
+from diffalign.shapes.pairs import jpeg
+from diffalign.shapes.verify import WORKING_SIZE, Seen, Verdict, verify
+
+CAPTIONS = 500
+CANDIDATES = 4
+GUIDANCE_SCALE = 3.0
+SEED = 17
+GRID = 8  # cells of a side of the region map
+BATCH = 24  # captions at a time
+
+
+def league_data(pipe: LatentPipeline, folder: Path, captions: int = CAPTIONS) -> Path:
+    """Draws what is missing under `folder`, so that it can be interrupted; the file appears when all is there."""
+    file = folder / "metadata.jsonl"
+    if file.exists():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = sample_scenes("train", captions, SEED)
+    for start in range(0, captions, BATCH):
+        part = folder / f"part-{start:05d}.jsonl"
+        if not part.exists():
+            lines = _drawn(pipe, scenes[start : start + BATCH], start, folder)
+            _write(part, "".join(json.dumps(line) + "\n" for line in lines))
+            print(f"{folder}: {min(start + BATCH, captions)} of {captions} captions drawn", flush=True)
+    _write(file, "".join(part.read_text() for part in sorted(folder.glob("part-*.jsonl"))))
+    return file
+
+
+def _drawn(pipe: LatentPipeline, scenes: Sequence[Scene], start: int, folder: Path) -> list[dict[str, Any]]:
+    prompts = [str(scene) for scene in scenes for _ in range(CANDIDATES)]
+    seeds = [1_000_003 * SEED + start * CANDIDATES + i for i in range(len(prompts))]
+    pixels = generate(pipe, prompts, seeds=seeds, batch_size=96, guidance_scale=GUIDANCE_SCALE)
+    data = [jpeg(picture) for picture in to_pictures(pixels)]
+    return [
+        _line(scene, data[i * CANDIDATES : (i + 1) * CANDIDATES], f"{start + i:05d}", folder)
+        for i, scene in enumerate(scenes)
+    ]
+
+
+def _line(scene: Scene, candidates: Sequence[bytes], name: str, folder: Path) -> dict[str, Any]:
+    judged = [verify(np.asarray(Image.open(io.BytesIO(data))), scene) for data in candidates]
+    order = sorted(range(len(candidates)), key=lambda i: -judged[i].score)
+    files = [f"{name}-{place}.jpg" for place in range(len(order))]
+    for file, index in zip(files, order, strict=True):
+        (folder / file).write_bytes(candidates[index])
+    best, worst = judged[order[0]], judged[order[-1]]
+    return {
+        "prompt": str(scene),
+        "images": files,
+        "scores": [judged[i].score for i in order],
+        "prompt_loser": _caption_of(worst, scene),
+        "regions": region_map([*best.seen, *worst.seen]),
+    }
+
+
+def _caption_of(verdict: Verdict, scene: Scene) -> str:
+    """What the picture shows; where the grammar has no words for it, what was asked for."""
+    return describe(verdict.seen) or str(scene)
+
+
+def region_map(seen: Sequence[Seen]) -> list[list[int]]:
+    """GRID rows of 1 where an object is and 0 elsewhere: the winner is better where there is something to be right."""
+    cells = np.zeros((GRID, GRID), dtype=int)
+    for one in seen:
+        left, top, right, bottom = (side * GRID / WORKING_SIZE for side in one.box)
+        cells[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 1
+    return cells.tolist() if cells.any() else np.ones_like(cells).tolist()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
