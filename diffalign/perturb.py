@@ -109,8 +109,8 @@ def perturb(caption: str, rng: random.Random) -> str:
         kind: places for kind, find in _FINDERS.items() if (places := [place for place in find(caption) if place[1]])
     }
     if not found:
-        raise ValueError(f"the rules know no word of this caption to exchange ({', '.join(_FINDERS)}): {caption!r}; leave "
-                         f"the row out, or take another perturber")  # fmt: skip
+        raise ValueError(f"the rules know no word of this caption to exchange ({', '.join(_FINDERS)}): {caption!r}; "
+                         f"leave the row out, or take another perturber")  # fmt: skip
     word, choices = rng.choice(found[rng.choice(sorted(found))])
     return _exchanged(caption, word, rng.choice(choices))
 

@@ -32,7 +32,7 @@ class LanguageModel:
 
     Args:
         base_url, model, key_variable, timeout, retries, max_tokens, max_requests, max_total_tokens: of
-            `diffalign.endpoint.Endpoint`; the last two are the budget, and a caption that is beyond it is a dropped row.
+            `diffalign.endpoint.Endpoint`; the last two are the budget, and a caption beyond it is a dropped row.
         cache: folder of the answers.
 
     Raises:
@@ -88,6 +88,6 @@ def read_caption(text: str, original: str) -> str:
     if same_text(caption, original):
         raise ValueError("no perturbed caption: the answer is the caption itself")
     if len(caption) > LONGER * len(original) + SPARE:
-        raise ValueError(f"no perturbed caption: {len(caption)} characters for an original of {len(original)}, which is "
-                         f"more than one changed fact")  # fmt: skip
+        raise ValueError(f"no perturbed caption: {len(caption)} characters for an original of {len(original)}, which "
+                         f"is more than one changed fact")  # fmt: skip
     return caption

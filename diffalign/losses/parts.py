@@ -57,7 +57,12 @@ def weights_of_parts(labels: Tensor, norm: str) -> Tensor:
     return labels / count[norm]
 
 
-def of_better(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-    """[B]: mean over the parts that are no tie of what `first` [B, P] says of a part it wins, else `second`."""
-    picked = torch.where(labels > 0, first, second) * (labels != 0)
-    return picked.sum(1) / (labels != 0).sum(1).clamp(min=1)
+def better_then_worse(errors: Tensor, labels: Tensor) -> Tensor:
+    """[2 B] of errors [2 B, P] and labels [B, P]: means over the parts that are no tie, of each part's better member,
+    then of its worse one. They are what m_w and m_l are for pairs without parts.
+    """
+    first, second = errors.chunk(2)
+    told = labels != 0
+    count = told.sum(1).clamp(min=1)
+    better, worse = torch.where(labels > 0, first, second), torch.where(labels > 0, second, first)
+    return torch.cat([(better * told).sum(1) / count, (worse * told).sum(1) / count])

@@ -1,6 +1,7 @@
 """DenseDPO: Wu et al. 2025, Fine-Grained Temporal Preference Optimization for Video Diffusion Models, arXiv 2506.03517.
 
-    L = softplus(-h),   h = sum over parts f of l_f (rho_f(0) - rho_f(1)) / norm,   rho_f = -(beta / 2) (m_f - r_f)  (eq. 7)
+    L = softplus(-h),   h = sum over parts f of l_f (rho_f(0) - rho_f(1)) / norm                                 (eq. 7)
+    rho_f = -(beta / 2) (m_f - r_f)
 
 l_f is 1 where the first picture (or clip) is the better one, -1 where the second is, 0 for a tie. Parts are frames of a
 clip's latent, labeled by segments, or places of a picture's latent, labeled by a coarse map of regions: the sum is
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from diffalign.losses import log_ratio
-from diffalign.losses.parts import NORMS, labels_of_parts, of_better, part_errors, weights_of_parts
+from diffalign.losses.parts import NORMS, better_then_worse, labels_of_parts, part_errors, weights_of_parts
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noised_at, reference_of
 from diffalign.methods.checks import check_choice, check_positive, check_times
 from diffalign.methods.dpo import pair_metrics
@@ -85,5 +86,4 @@ class DenseDPO:
         first, second = (weight[:, None] * log_ratio(m, r, self.beta)).chunk(2)
         h = (weights_of_parts(labels, self.segment_norm) * (first - second)).sum(1)
         time = run.process.fraction(batch.t).chunk(2)[0]
-        m, r = (torch.cat([of_better(*e.chunk(2), labels), of_better(*e.chunk(2), -labels)]) for e in (m, r))
-        return Loss(F.softplus(-h), time, pair_metrics(h, m, r))  # of every part, the better and the worse one
+        return Loss(F.softplus(-h), time, pair_metrics(h, better_then_worse(m, labels), better_then_worse(r, labels)))

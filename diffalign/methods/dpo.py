@@ -114,7 +114,8 @@ class DPO:
         m = squared_error(prediction, batch.y)
         if self.winner_preserving is None:
             return m, r
-        scale = winner_preserving_scale(*(prediction - batch.y).chunk(2), self.winner_preserving)
+        residual_w, residual_l = (prediction - batch.y).chunk(2)
+        scale = winner_preserving_scale(residual_w, residual_l, self.winner_preserving)
         return scaled_gradient(m, torch.cat([torch.ones_like(scale), scale])), r
 
     def _soft_link(self, rho_w: Tensor, rho_l: Tensor, label: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ Deviations from the released code (jacklishufan/diffusion-kto):
 - z is taken by a pass of its own before the loss, over the microbatch of all ranks (`Run.mean`), so that a sample's
   loss is a function of the sample and z alone; the reference's errors of that pass are kept, so the price is one more
   forward pass of the policy. z is not taken over accumulated microbatches: with few pictures per device it is noisy;
-- likes and dislikes are weighed (liked_weight, disliked_weight) where the code draws 80 % likes: with as many of either,
-  1.6 and 0.4 have the same expectation.
+- likes and dislikes are weighed (liked_weight, disliked_weight) where the code draws 80 % likes: with as many of
+  either, 1.6 and 0.4 have the same expectation.
 """
 
 from __future__ import annotations

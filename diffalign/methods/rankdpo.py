@@ -4,9 +4,9 @@
     W_ij = |2^phi_i - 2^phi_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|
 
 phi is how good a picture is, in [0, 1]; all K pictures of a prompt share t, and each has its own eps. There is no
-released code. The loss couples all K pictures, but its gradient does not: `prepare` takes all rho_i without gradient and
-from them dL / dm_i in closed form, and each of K microbatches backpropagates one m_i times that number. So one picture
-is in memory at a time, and the gradient is that of the whole sum.
+released code. The loss couples all K pictures, but not through the network: `prepare` takes all rho_i without gradient
+and dL / dm_i from them, and each of K microbatches backpropagates one m_i times that number. So one picture per list is
+in memory at a time, and the gradient is that of the whole sum.
 
 Choices where the paper, as far as it could be read, is silent or says two things:
 - kappa = beta / 2 as in `dpo`, so that a beta means the same; the paper's beta and learning rate are not known;

@@ -4,7 +4,8 @@
 
 Both branches have the same latent, t and eps, so only the text differs, and no preference data is needed: the best
 picture of a record and its own prompt are enough. What the perturber changes is what the policy learns to tell apart.
-The authors' code was not to be had and their constants are not known; the formula is that of their abstract and reviews.
+The authors' code was not to be had and their constants are not known; the formula is that of their abstract and of
+reviews.
 
 Prompt dropout empties both captions of a row at once; such a row has h = 0 and no gradient, so it is wasted, and
 prompt_dropout: 0 is the setting to have.
