@@ -121,14 +121,15 @@ def pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> l
     return _made(record, options, framing, record.comparisons(options.ranking))
 
 
-def captioned_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
-    """Winner and loser, the loser under a caption of its own (DCPO)."""
-    if record.prompt_loser is None:
+def captioned_pairs(
+    record: PreferenceRecord, options: DataOptions, framing: Framing, *, perturber: Section | None = None
+) -> list[Example]:
+    """Winner and loser, the loser under a caption of its own (DCPO), or under the prompt as `perturber` changes it."""
+    if perturber is None and record.prompt_loser is None:
         raise ValueError("the loser has no caption of its own: give prompt_loser, or l/<stem>.txt beside w/<stem>.txt")
-    return [
-        Example(e.record, e.crop, e.members, (record.prompt, record.prompt_loser), e.label)
-        for e in pairs(record, options, framing)
-    ]
+    made = pairs(record, options, framing)
+    other = record.prompt_loser if perturber is None else perturber_of(perturber)(record) if made else None
+    return [Example(e.record, e.crop, e.members, (record.prompt, str(other)), e.label) for e in made]
 
 
 def winners(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:

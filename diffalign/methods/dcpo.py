@@ -9,23 +9,27 @@ paper's summaries. Where the loser's caption fits it well, h says less about the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffalign.losses import log_ratio, sigmoid
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
 from diffalign.methods.checks import check_positive, check_times
 from diffalign.methods.dpo import pair_metrics
+from diffalign.perturb import PERTURBERS
 from diffalign.process import time_weight
+from diffalign.table import Section, bind
 
 
 @dataclass(frozen=True)
 class DCPO:
-    """Winner and loser, each under its own caption; a pair without prompt_loser is dropped and counted.
+    """Winner and loser, each under its own caption.
 
     Args:
         beta: as in `dpo`; the paper has 500.
+        perturber: writes the loser's caption from the prompt, a row of `diffalign.perturb.PERTURBERS`; None takes the
+            record's prompt_loser, and drops rows without one.
         timestep_weight: native | eps | x0 | sigmoid | snr_clip, multiplied with m - r.
         time_low, time_high: the part of the noise axis to train on.
 
@@ -34,9 +38,9 @@ class DCPO:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PAIRS, Need.REFERENCE})
-    view: ClassVar[str] = "captioned_pairs"
 
     beta: float = 500.0
+    perturber: str | Mapping[str, Any] | None = None
     timestep_weight: str = "native"
     time_low: float = 0.0
     time_high: float = 1.0
@@ -44,6 +48,12 @@ class DCPO:
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
         check_times(self.time_low, self.time_high, self.timestep_weight)
+        if self.perturber is not None:
+            bind(PERTURBERS, self.perturber, what="method.perturber")
+
+    @property
+    def view(self) -> Section:
+        return {"name": "captioned_pairs", "perturber": self.perturber}
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return [noise_together(run, batch, (self.time_low, self.time_high))]

@@ -102,6 +102,12 @@ def test_captions_of_their_own() -> None:
         seen("captioned_pairs", record(0.0, 1.0))
 
 
+def test_a_perturber_may_write_the_losers_caption() -> None:
+    [example] = view_of({"name": "captioned_pairs", "perturber": "rules"})(record(0.0, 1.0), PLAIN, FRAMING)
+    assert example.members == (1, 0) and example.prompts[0] == CAPTION != example.prompts[1]
+    assert seen({"name": "captioned_pairs", "perturber": "rules"}, record(1.0, 1.0)) == []
+
+
 def test_data_without_second_captions_is_one_sentence(tmp_path: Path) -> None:
     section = toy_pairs.write("jsonl", tmp_path)
     with pytest.raises(ValueError, match=r"no usable training example; 4 readable .* no caption of its own") as refused:
