@@ -1,4 +1,4 @@
-"""Perturbed captions: what the rules change, that a picture of the one is none of the other, and what a model may say."""
+"""Perturbed captions: what rules change, that a picture of the one is none of the other, what a model may say."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_a_perturbed_caption_of_the_shapes_world_is_one() -> None:
     ("caption", "some"),
     [
         ("a red apple", {"a green apple", "a red pear"}),
-        ("An orange car in front of an old house", {"An orange car behind an old house", "A blue car in front of an old house"}),
+        ("An orange car behind a house", {"An orange car in front of a house", "A blue car behind a house"}),
         ("Two cats on a sofa", {"Three cats on a sofa", "Two dogs on a sofa", "Two cats on a bench"}),
-        ("3 dogs near a lake, 50mm f/2.8", {"5 dogs near a lake, 50mm f/2.8", "3 dogs far away from a lake, 50mm f/2.8"}),
+        ("3 dogs near a lake, f/2.8", {"5 dogs near a lake, f/2.8", "3 dogs far away from a lake, f/2.8"}),
         ("A cat to the left of a dog", {"A cat to the right of a dog"}),
         ("a cup underneath a table", {"a cup on top of a table"}),
         ("A WOMAN IN A DRESS", {"A MAN IN A DRESS", "A WOMAN IN A SUIT"}),

@@ -31,7 +31,7 @@ AT_START = {"kto": 0.5, "tkto": 0.5, "tdpo": 0.6931472, "dcpo": 0.6931472, "dens
 
 
 def data(folder: Path, count: int = 6) -> dict[str, Any]:
-    """Lists of three with shares for scores, a second caption and regions on pairs of them: every view finds its own."""
+    """Lists of three with shares for scores and a second caption, and pairs with regions: every view finds its own."""
     lines = []
     for i in range(count):
         caption = toy_pairs.CAPTIONS[i % 4]
