@@ -43,8 +43,11 @@ class Batches:
 
     @functools.cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
-        """(height, width, number of members) of each training example: what all of a batch have in common."""
-        return tuple((*example.crop.size, len(example.members)) for example in self.train)
+        """(height, width, number of members) of each training example: what all of a batch have in common.
+
+        Labels of segments have to be as many too, those of regions are as the size is.
+        """
+        return tuple(_kind(example) for example in self.train)
 
     def fingerprint(self) -> str:
         """Hash of what is trained on: pictures, views, prompts and labels."""
@@ -53,6 +56,8 @@ class Batches:
             digest.update(f"{example.cache_keys()} {example.prompts!r} {example.label} {example.scores}".encode())
             if self.users is not None:
                 digest.update(f"{example.record.user!r}".encode())
+            if (signs := example.signs) is not None:
+                digest.update(f" {signs}".encode())
         return digest.hexdigest()
 
     def batch(
@@ -77,7 +82,7 @@ class Batches:
         """These examples in order, those of one kind together as long as they follow each other."""
         for start in range(0, len(examples), self.validation_batch_size):
             some = examples[start : start + self.validation_batch_size]
-            for _, alike in itertools.groupby(some, lambda example: (example.crop.size, len(example.members))):
+            for _, alike in itertools.groupby(some, _kind):
                 same = list(alike)
                 yield self._collate(same, [False] * len(same), generator, device)
 
@@ -119,6 +124,11 @@ class Batches:
 
     def _condition(self, prompts: Sequence[str], told: Condition, device: torch.device) -> Condition:
         return {name: moved(value, device) for name, value in (self.cache.condition(prompts) | told).items()}
+
+
+def _kind(example: Example) -> tuple[int, ...]:
+    segments = example.record.segments
+    return (*example.crop.size, len(example.members), *([] if segments is None else [len(segments)]))
 
 
 def _signs(examples: Sequence[Example], device: torch.device) -> Tensor | None:

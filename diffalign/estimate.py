@@ -55,13 +55,30 @@ USER_WIDTHS = {"clip": 3 * 768, "vlm": 3584}  # of a token, by embedder: CLIP Vi
 
 
 @dataclass(frozen=True)
+class Work:
+    """Of one example: pictures backpropagated at once and in all, and passes of one picture without gradient."""
+
+    at_once: int
+    trained: int
+    forwards: int
+
+
+WORK: dict[str, Work] = {  # of methods that do not take each picture of their view once through policy and reference
+    "rankdpo": Work(1, 4, 8),  # a list of four, one picture at a time, each seen twice by the policy
+    "kto": Work(1, 1, 2),
+    "tkto": Work(2, 2, 4),
+    "capo": Work(2, 2, 2),  # the best and the worst of a list
+}
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Counts are plain numbers, FLOPs are of one picture or one pair, memory is in bytes on one device."""
 
     parameters: int
     trained_parameters: int
     forward_flops: float  # of one picture
-    pair_flops: float  # policy forward and backward, and reference forward where there is one, of two pictures
+    pair_flops: float  # of one example: policy forward and backward, and the passes without gradient
     memory: dict[str, float]  # by part
 
     @property
@@ -101,6 +118,7 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     method = build(METHODS, config.method, what="method")
     compared = Need.REFERENCE in method.needs
     pictures = PICTURES.get(split_section(method.view, "view")[0], 2)
+    work = WORK.get(config.method_name, Work(pictures, pictures, pictures if compared else 0))
     width = torch.finfo(dtype).bits / 8
     copy = 4 if config.reference_name == "frozen_copy" and full else width  # a full run's copy is fp32 as well
     memory = {
@@ -110,9 +128,9 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
         "reference": parameters * copy if compared and config.reference_name == "frozen_copy" else 0.0,
         "weights the reference keeps": 4.0 * trained * _kept_sets(config),
         "averaged weights": 4.0 * trained if config.ema_decay else 0.0,
-        "activations": float(kept * pictures * config.train_batch_size),
+        "activations": float(kept * work.at_once * config.train_batch_size),
     }
-    flops = pictures * (step + (forward if compared else 0.0))
+    flops = work.trained * step + work.forwards * forward
     return Estimate(parameters, trained, forward, flops, {part: size for part, size in memory.items() if size})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffalign.answers import Unreached
 from diffalign.data import DATASETS
 from diffalign.data.options import TIES, DataOptions, Framing, parse_section
 from diffalign.data.records import BrokenRow, PreferenceRecord, Row
@@ -151,9 +152,15 @@ def iterate_examples(section: Mapping[str, Any], framing: Framing, view: View = 
 def examples_of(
     record: PreferenceRecord, view: View, options: DataOptions, framing: Framing
 ) -> list[Example] | BrokenRow:
-    """What a view sees in a readable record, or why it cannot see anything."""
+    """What a view sees in a readable record, or why it cannot see anything.
+
+    Raises:
+        Unreached: the view asks an endpoint, and nobody answers there.
+    """
     try:
         return view(record, options, framing)
+    except Unreached:  # of a perturber's endpoint: no later row would do better
+        raise
     except ValueError as error:
         return BrokenRow(record.source, str(error))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -141,6 +142,29 @@ def resize_and_crop(
     if flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def framed_regions(
+    regions: Sequence[Sequence[int]],
+    original: tuple[int, int],
+    size: tuple[int, int],
+    crop: tuple[float, float],
+    flip: bool,
+    grain: int = 8,
+) -> tuple[tuple[int, ...], ...]:
+    """A map of labels over a picture of this (height, width), as `resize_and_crop` shows it: nearest labels, one per
+    `grain` pixels, so that a latent's place has its own.
+
+    >>> framed_regions([[1, -1]], (16, 32), (16, 16), (0.5, 1.0), flip=False)
+    ((-1, -1), (-1, -1))
+    """
+    covered, corner = placed(original, size, crop)
+    counts = (len(regions), len(regions[0]))
+    rows, columns = (
+        [int((start + (place + 0.5) * grain) * count / whole) for place in range(side // grain)]
+        for start, side, count, whole in zip(corner, size, counts, covered, strict=True)
+    )
+    return tuple(tuple(regions[row][column] for column in (columns[::-1] if flip else columns)) for row in rows)
 
 
 def bucket(width: int, height: int, resolution: int, step: int = 64, limit: float = 2.0) -> tuple[int, int]:

@@ -11,14 +11,17 @@ import functools
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffalign.data.images import Frame, bucket, frame, resize_and_crop
+from diffalign.data.images import Frame, bucket, frame, framed_regions, resize_and_crop
 from diffalign.data.options import DataOptions, Framing
 from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.perturb import perturber_of
 from diffalign.table import Section, split_section, unknown
+
+STILL = 1  # frames of a picture
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,15 @@ class Example:
 
     @property
     def signs(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
-        """Labels of segments or regions, +1 where the first member is the better one."""
-        signs = self.record.segments if self.record.segments is not None else self.record.regions
-        if signs is None or self.members[0] < self.members[-1]:
-            return signs
-        return tuple(tuple(-s for s in row) if isinstance(row, tuple) else -row for row in signs)  # type: ignore[return-value]
+        """Labels of segments, or of regions as the crop shows them: +1 where the first member is the better one."""
+        side = 1 if self.members[0] < self.members[-1] else -1
+        if self.record.segments is not None:
+            return tuple(side * sign for sign in self.record.segments)
+        if self.record.regions is None:
+            return None
+        crop = self.crop
+        framed = framed_regions(self.record.regions, self.sources[0].size, crop.size, crop.place, crop.flip)
+        return tuple(tuple(side * sign for sign in row) for row in framed)
 
     @property
     def sources(self) -> tuple[ImageSource, ...]:
@@ -122,28 +129,37 @@ def user_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing)
     return pairs(record, options, framing)
 
 
-def captioned_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
-    """Winner and loser, the loser under a caption of its own (DCPO)."""
-    if record.prompt_loser is None:
+def captioned_pairs(
+    record: PreferenceRecord, options: DataOptions, framing: Framing, *, perturber: Section | None = None
+) -> list[Example]:
+    """Winner and loser, the loser under a caption of its own (DCPO), or under the prompt as `perturber` changes it."""
+    if perturber is None and record.prompt_loser is None:
         raise ValueError("the loser has no caption of its own: give prompt_loser, or l/<stem>.txt beside w/<stem>.txt")
-    return [
-        Example(e.record, e.crop, e.members, (record.prompt, record.prompt_loser), e.label)
-        for e in pairs(record, options, framing)
-    ]
+    made = pairs(record, options, framing)
+    other = record.prompt_loser if perturber is None else perturber_of(perturber)(record) if made else None
+    return [Example(e.record, e.crop, e.members, (record.prompt, str(other)), e.label) for e in made]
 
 
 def winners(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
     """The best picture alone; that of a tie too where ties are kept, with label 1/2."""
     _several(record, least=1)
     if len(record.images) == 1:
-        return _thumb(record, framing, 0, 1.0) if record.scores[0] > 0 else []
+        return _thumb(record, framing, 0, 1.0, options) if record.scores[0] > 0 else []
     return [Example(e.record, e.crop, e.members[:1], e.prompts[:1], e.label)
             for e in _made(record, options, framing, record.comparisons("best_worst"))]  # fmt: skip
 
 
-def lists(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
-    """All pictures of a prompt, best first; a list in which all are equal says nothing and gives none."""
+def lists(
+    record: PreferenceRecord, options: DataOptions, framing: Framing, *, unit_scores: bool = False
+) -> list[Example]:
+    """All pictures of a prompt, best first; a list in which all are equal says nothing and gives none.
+
+    unit_scores: the method takes the scores as shares, so they must lie in [0, 1].
+    """
     _several(record)
+    if unit_scores and not all(0 <= score <= 1 for score in record.scores):
+        raise ValueError(f"expected scores in [0, 1], such as `diffalign label` writes with --aggregate rankdpo or "
+                         f"capo, got {list(record.scores)}")  # fmt: skip
     if record.tie:
         return []
     order = tuple(sorted(range(len(record.scores)), key=lambda i: -record.scores[i]))
@@ -173,10 +189,48 @@ def thumbs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> 
     return found
 
 
+def perturbed(
+    record: PreferenceRecord, options: DataOptions, framing: Framing, *, perturber: Section = "rules"
+) -> list[Example]:
+    """The best picture twice: under its own prompt, and under one that says something else (TDPO, TKTO).
+
+    A picture that is not liked, and the first of a tie that is dropped, give none. `perturber` is a row of
+    `diffalign.perturb.PERTURBERS`; `given` takes the record's prompt_loser.
+    """
+    made = []
+    for example in winners(record, options, framing):
+        wrong = perturber_of(perturber)(record)
+        made.append(replace(example, members=example.members * 2, prompts=(record.prompt, wrong), label=1.0))
+    return made
+
+
+def labeled_parts(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
+    """A pair in the record's order with labels of its parts (DenseDPO); one in which all parts are ties gives none.
+
+    The record's own scores are not looked at: a pair that is a tie as a whole may have parts that are not.
+    """
+    _several(record)
+    if len(record.images) != 2:
+        raise ValueError(f"labels of parts are of two pictures, got {len(record.images)}")
+    if record.segments is None and record.regions is None:
+        raise ValueError("no labels of parts: give segments (clips) or regions (pictures), 1 where the first is better")
+    if record.segments is not None and len(record.segments) > STILL:
+        raise ValueError(f"{len(record.segments)} segment labels do not match the frame count, which is {STILL} for "
+                         f"still pictures: give regions, rows of labels over the picture")  # fmt: skip
+    regions = record.regions or (record.segments or (),)  # one segment of a still picture is one region
+    if not any(sign for row in regions for sign in row):
+        return []
+    seen = replace(record, segments=None, regions=regions)
+    content = "/".join([record.prompt, *(image.sha256 for image in record.images)])
+    return [Example(seen, _crop(record.images[0], framing, options, content), (0, 1), (record.prompt,) * 2)]
+
+
 VIEWS: dict[str, View] = {
     "pairs": pairs,
     "user_pairs": user_pairs,
     "captioned_pairs": captioned_pairs,
+    "perturbed": perturbed,
+    "labeled_parts": labeled_parts,
     "winners": winners,
     "lists": lists,
     "thumbs": thumbs,

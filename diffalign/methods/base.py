@@ -207,8 +207,14 @@ def noised_at(
 
 def errors(run: Run, batch: Noised) -> tuple[Tensor, Tensor]:
     """(m, r) [N]: squared errors of policy (with gradient) and reference (without), on identical inputs."""
+    prediction, r = prediction_and_reference(run, batch)
+    return squared_error(prediction, batch.y), r
+
+
+def prediction_and_reference(run: Run, batch: Noised) -> tuple[Tensor, Tensor]:
+    """(y_hat [N, ...] of the policy with gradient, r [N]): for what needs the residual and not its square alone."""
     r = reference_errors(run, batch) if batch.reference_errors is None else batch.reference_errors
-    return squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y), r
+    return run.policy(batch.x_t, batch.t, batch.condition), r
 
 
 @torch.no_grad()

@@ -20,8 +20,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.losses import LINKS, NEEDS_SMOOTHING, log_ratio
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.losses import (
+    LINKS,
+    NEEDS_SMOOTHING,
+    log_ratio,
+    scaled_gradient,
+    squared_error,
+    winner_preserving_scale,
+)
+from diffalign.losses.divergences import DIVERGENCES
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, prediction_and_reference
 from diffalign.process import time_weight
 
 SATURATED = 5.0  # |h| beyond which a pair gives almost no gradient
@@ -38,6 +46,12 @@ class DPO:
         sft_weight: adds sft_weight * (beta / 2) * m_w (DPO+SFT, RPO): holds the winner's own likelihood up.
         dpop_weight: subtracts dpop_weight * max(0, (beta / 2) d_w) from h (DPOP): punishes a winner that gets worse.
         loser_weight: coefficient of d_l in h; below 1 pushes losers away less than it pulls winners.
+        divergence: reverse_kl (DPO) | forward_kl | js | alpha: f-DPO, see `diffalign.losses.divergences`; the three
+            others clamp rho at 10 either way.
+        alpha: of the alpha divergence; 0 is forward_kl, 1 reverse_kl.
+        winner_preserving: mu of Diffusion-SDPO (arXiv 2511.03317) in [0, 1], which shrinks the loser's gradient where
+            it would raise the winner's error; the paper has 0.9 for SD1.5 and 0.6 for SDXL. None leaves it alone. One
+            scale per pair, where the released code has one per batch.
         timestep_weight: native | eps | x0 | sigmoid | snr_clip, multiplied with d inside the link.
         time_low, time_high: the part of the noise axis to train on, 0 clean and 1 pure noise.
 
@@ -54,6 +68,9 @@ class DPO:
     sft_weight: float = 0.0
     dpop_weight: float = 0.0
     loser_weight: float = 1.0
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
+    winner_preserving: float | None = None
     timestep_weight: str = "native"
     time_low: float = 0.0
     time_high: float = 1.0
@@ -66,6 +83,11 @@ class DPO:
         if not 0 <= self.label_smoothing < 0.5 or (self.link in NEEDS_SMOOTHING and self.label_smoothing == 0):
             raise ValueError(f"method.label_smoothing: expected a number in [0, 0.5), above 0 for exo, "
                              f"got {self.label_smoothing}")  # fmt: skip
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"method.divergence: expected one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        if self.winner_preserving is not None and not 0 <= self.winner_preserving <= 1:
+            raise ValueError(f"method.winner_preserving: expected a number in [0, 1], or leave it out, "
+                             f"got {self.winner_preserving}")  # fmt: skip
         if not 0 <= self.time_low < self.time_high <= 1:
             raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
                              f"got {self.time_low}, {self.time_high}")  # fmt: skip
@@ -74,16 +96,27 @@ class DPO:
         return [noise_together(run, batch, (self.time_low, self.time_high))]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
+        m, r = self._errors(run, batch)
         weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
         rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
         winner_worse = torch.relu(-rho_w)
         pulled = rho_w - self.dpop_weight * winner_worse
-        value = self._soft_link(pulled, self.loser_weight * rho_l, batch.label)
+        psi = DIVERGENCES[self.divergence]
+        value = self._soft_link(psi(pulled, self.alpha), psi(self.loser_weight * rho_l, self.alpha), batch.label)
         m_w = m.chunk(2)[0]
         value = value + self.sft_weight * 0.5 * self.beta * m_w
         time = run.process.fraction(batch.t).chunk(2)[0]
         return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
+
+    def _errors(self, run: Run, batch: Noised) -> tuple[Tensor, Tensor]:
+        """(m, r) [N]; with winner_preserving the losers' m has a scaled gradient."""
+        prediction, r = prediction_and_reference(run, batch)
+        m = squared_error(prediction, batch.y)
+        if self.winner_preserving is None:
+            return m, r
+        residual_w, residual_l = (prediction - batch.y).chunk(2)
+        scale = winner_preserving_scale(residual_w, residual_l, self.winner_preserving)
+        return scaled_gradient(m, torch.cat([torch.ones_like(scale), scale])), r
 
     def _soft_link(self, rho_w: Tensor, rho_l: Tensor, label: Tensor) -> Tensor:
         """label * link(w over l) + (1 - label) * link(l over w): a tie kept as 1/2 pulls neither way."""

@@ -1,16 +1,14 @@
 """Every row of METHODS keeps the same promises, on networks whose law is known exactly."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from toy import PROCESSES, ROWS, Denoiser
+from toy import ROWS
+from toy_views import BETA, batch_for, networks, pairs, run, toy_method
 
 from diffalign.methods import METHODS
-from diffalign.methods.base import Batch, Method, Need, Noised, Run, pair_batch, reference_errors
-from diffalign.process import CLEAN, NoiseProcess, RectifiedFlow
+from diffalign.methods.base import Method, Need, Noised, reference_errors
 from diffalign.sampling import Condition
 from diffalign.table import build
 
@@ -22,80 +20,49 @@ VARIANTS = {
     "dpo-ipo": {"name": "dpo", "link": "ipo", "beta": 2.0},  # its optimum h = 1/2 is near the reference at a large beta
     "dpo-anchored": {"name": "dpo", "sft_weight": 0.1, "dpop_weight": 2.0, "loser_weight": 0.5},
     "dpo-x0": {"name": "dpo", "timestep_weight": "x0"},
+    **{f"dpo-{divergence}": {"name": "dpo", "divergence": divergence} for divergence in ("forward_kl", "js", "alpha")},
+    "dpo-preserving": {"name": "dpo", "winner_preserving": 0.6},
     "sft-snr": {"name": "sft", "timestep_weight": "snr_clip"},
+    "rankdpo-scores": {"name": "rankdpo", "phi": "scores", "rank_source": "model", "share_noise": True},
+    **{f"kto-{utility}": {"name": "kto", "utility": utility} for utility in ("loss_averse", "risk_seeking")},
+    "kto-balanced": {"name": "kto", "baseline": "balanced", "liked_weight": 0.5},
+    "kto-none": {"name": "kto", "baseline": "none"},
+    "tkto-averse": {"name": "tkto", "utility": "loss_averse", "baseline": "none"},
+    "mapo-eps": {"name": "mapo", "timestep_weight": "eps", "scale": 0.5},
+    "capo-calibrated": {"name": "capo", "calibrated": True, "bias": 1.0},
+    "dspo-brier": {"name": "dspo", "form": "brier"},
+    "dspo-released": {"name": "dspo", "as_released": True},
+    **{f"densedpo-{norm}": {"name": "densedpo", "segment_norm": norm, "share_noise": False}
+       for norm in ("mean_nontie", "sum")},
+    **{f"inpo-{mode}": {"name": "inpo", "mode": mode} for mode in ("exact", "round_up")},
+    "inpo-noisy": {"name": "inpo", "eta": 0.1, "renoise": 1},
+    "inpo-reference": {"name": "inpo", "model": "reference", "timestep_weight": "x0"},
+    "smpo-soft_ce": {"name": "smpo", "soft": "soft_ce"},
+    "inversion_dpo-x0": {"name": "inversion_dpo", "objective": "x0", "beta": 5.0, "renoise": 1},
+    "inversion_dpo-guided": {"name": "inversion_dpo", "guidance": 2.0},
     "seppo-indicator": {"name": "seppo", "flip": "indicator", "share_noise": True},
     "seppo-reuse": {"name": "seppo", "reuse": 2, "guidance": 3.0, "eta": 1.0, "timestep_weight": "x0"},
     "dro-reuse": {"name": "dro", "reuse": 2},
     "online_dpo-reference": {"name": "online_dpo", "drawn_by": "reference", "group": 3, "reuse": 2},
+    "ppd-x0": {"name": "ppd", "timestep_weight": "x0"},
 }  # fmt: skip
-BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
+# a pair's logit against a reference, which is 0 where the two agree
+WITH_LOGIT = [v for v in VARIANTS if VARIANTS[v]["name"] not in
+              ("sft", "dro", "mapo", "kto", "tkto", "capo", "rankdpo", "densedpo")]  # fmt: skip
 
 
 def method(variant: str) -> Method:
-    section = dict(VARIANTS[variant])
-    for key, value in TOY.get(section["name"], {}).items():
-        section.setdefault(key, value)
-    return build(METHODS, section, what="method")
-
-
-# what the toy needs: short walks, and a leash for errors that are O(1)
-DRAWN = {"beta": BETA, "steps": 4, "guidance": 1.0}
-TOY: dict[str, dict[str, object]] = {
-    "dpo": {"beta": BETA}, "curriculum_dpo": {"beta": BETA}, "seppo": DRAWN, "spin": DRAWN, "online_dpo": DRAWN,
-    "dro": {"steps": 4, "margin": 0.1},
-}  # fmt: skip
-WITH_LOGIT = tuple(v for v in VARIANTS if v.partition("-")[0] not in ("sft", "dro"))
-EMPTY = 2  # the toy's empty prompt
-
-
-def networks(process: str, kind: str) -> tuple[Denoiser, Denoiser]:
-    return tuple(Denoiser(PROCESSES[process], kind, prompts=3) for _ in range(2))  # type: ignore[return-value]
-
-
-def pairs(count: int, seed: int = 0, label: float = 1.0) -> Batch:
-    """Winners around +1 and losers around -1 for prompt 0; the other way round for prompt 1."""
-    g = torch.Generator().manual_seed(seed)
-    prompt = torch.arange(count) % 2
-    side = (1.0 - 2.0 * prompt).view(-1, 1)
-    noise = torch.randn(2, count, 3, generator=g) * 0.3
-    batch = pair_batch(side + noise[0], -side + noise[1], {"prompt": prompt}, torch.full((count,), label))
-    return replace(batch, negative={"prompt": torch.full_like(prompt, EMPTY)}, shape=(3,),
-                   prompts=tuple(str(number) for number in prompt.tolist()))  # fmt: skip
-
-
-VIEWED = {"winners": 1, "prompts": 0}  # members that a view leaves of a pair
-
-
-def seen(rule: Method, batch: Batch) -> Batch:
-    """The batch as the method's view shows it."""
-    return replace(batch, members=batch.members[: VIEWED.get(str(rule.view))])
-
-
-def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
-    return Run(policy, reference, policy.process, policy.kind, torch.Generator().manual_seed(seed),
-               times=partial(toy_times, policy.process), score=toy_score)  # fmt: skip
-
-
-def toy_times(process: NoiseProcess, steps: int) -> torch.Tensor:
-    """From noise to picture."""
-    if isinstance(process, RectifiedFlow):
-        return torch.linspace(1, 0, steps + 1)
-    return torch.cat([torch.linspace(999, 0, steps + 1)[:-1].round(), torch.tensor([CLEAN])])
-
-
-def toy_score(latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """What `pairs` means by better: around +1 for prompt 0, around -1 for prompt 1."""
-    side = torch.tensor([1.0 - 2.0 * int(prompt) for prompt in prompts])
-    return -(latents - side[:, None]).square().sum(1)
+    return toy_method(VARIANTS[variant])
 
 
 def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
     """One pair (or winner) of a microbatch."""
     picked = list(range(index, len(batch.t), pairs_in_batch))
+    known = None if batch.reference_errors is None else batch.reference_errors[picked]
     condition: Condition = {name: value[picked] for name, value in batch.condition.items()}
     aux = {name: value[index : index + 1] for name, value in batch.aux.items()}
     return replace(batch, x_t=batch.x_t[picked], y=batch.y[picked], t=batch.t[picked], condition=condition,
-                   label=batch.label[index : index + 1], aux=aux)  # fmt: skip
+                   label=batch.label[index : index + 1], reference_errors=known, aux=aux)  # fmt: skip
 
 
 LEAST_MOVE = 0.02  # of each prompt's mean in forty steps, on the winners' side; a bounded link (IPO) stops early
@@ -110,7 +77,7 @@ def test_forty_steps_move_towards_the_winners(variant: str, process: str, kind: 
     for step in range(40):
         state = run(policy, reference, seed=step)
         with torch.no_grad():
-            batches = rule.prepare(state, seen(rule, pairs(64, seed=step)))
+            batches = rule.prepare(state, batch_for(rule, 64, step))
         for batch in batches:
             rule.loss(state, batch).value.mean().backward()
         optimizer.step()
@@ -125,7 +92,7 @@ def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, k
     policy, reference = networks(process, kind)
     torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
     state, rule = run(policy, reference), method(variant)
-    for batch in rule.prepare(state, seen(rule, pairs(4))):
+    for batch in rule.prepare(state, batch_for(rule, 4)):
         together = rule.loss(state, batch)
         assert together.value.shape == together.time.shape == (4,)
         for index in range(4):
@@ -139,10 +106,10 @@ def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, k
 def test_at_the_reference_the_logit_is_exactly_zero(variant: str) -> None:
     policy, reference = networks("vp", "epsilon")
     state, rule = run(policy, reference), method(variant)
-    batch = rule.prepare(state, seen(rule, pairs(8)))[0]
-    metrics = rule.loss(state, batch).metrics
-    assert (metrics["h"] == 0).all() and (metrics["accuracy"] == 0.5).all()
-    assert (metrics["d_w"] == 0).all() and (metrics["d_l"] == 0).all()
+    for batch in rule.prepare(state, batch_for(rule, 8)):
+        metrics = rule.loss(state, batch).metrics
+        assert (metrics["h"] == 0).all() and (metrics["accuracy"] == 0.5).all()
+        assert (metrics["d_w"] == 0).all() and (metrics["d_l"] == 0).all()
 
 
 def test_plain_dpo_starts_at_ln_2() -> None:
@@ -157,7 +124,7 @@ def test_only_the_policy_gets_a_gradient(variant: str) -> None:
     policy, reference = networks("vp", "epsilon")
     state, rule = run(policy, reference), method(variant)
     with torch.no_grad():
-        batches = rule.prepare(state, seen(rule, pairs(8)))
+        batches = rule.prepare(state, batch_for(rule, 8))
     for batch in batches:
         rule.loss(state, batch).value.mean().backward()
     assert policy.mean.grad is not None and policy.mean.grad.abs().sum() > 0
@@ -222,7 +189,7 @@ def test_a_missing_reference_is_named() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_needs_are_declared_and_sections_build(name: str) -> None:
     rule = build(METHODS, ROW[name], what="method")
-    assert rule.needs <= set(Need) and rule.needs & {Need.PAIRS, Need.PROMPTS}
+    assert rule.needs <= set(Need) and Need.PAIRS in rule.needs
 
 
 @pytest.mark.parametrize(
@@ -235,15 +202,6 @@ def test_needs_are_declared_and_sections_build(name: str) -> None:
         ({"name": "dpo", "betta": 1}, "did you mean 'beta'"),
         ({"name": "dpoo"}, "did you mean 'dpo'"),
         ({"name": "dpo", "beta": "high"}, "method.beta: expected float, got 'high'"),
-        ({"name": "curriculum_dpo", "link": "logistic"}, "method.link"),
-        ({"name": "seppo", "flip": "maybe"}, "method.flip: expected one of sign, indicator, none"),
-        ({"name": "seppo", "steps": 0}, "method.steps, at_once"),
-        ({"name": "seppo", "eta": 2}, "method.guidance, eta"),
-        ({"name": "spin", "beta": 0}, "method.beta, reuse"),
-        ({"name": "spin", "flip": "sign"}, "unknown key of method 'spin' 'flip'"),
-        ({"name": "dro", "margin": 0}, "method.margin, reuse"),
-        ({"name": "online_dpo", "group": 1}, "method.group: expected at least 2"),
-        ({"name": "online_dpo", "drawn_by": "both"}, "method.drawn_by"),
     ],
 )
 def test_bad_sections_are_named(section: dict[str, object], message: str) -> None:

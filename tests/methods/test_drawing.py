@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_contract import EMPTY, method, networks, pairs, run, seen
+from toy_views import EMPTY, batch_for, networks, run
 
 from diffalign.config import load_config
+from diffalign.methods.base import Method
 from diffalign.methods.online_dpo import best_and_worst
 from diffalign.trainer import train
+
+REUSED = {
+    "seppo-reuse": {"name": "seppo", "reuse": 2, "guidance": 3.0, "eta": 1.0, "timestep_weight": "x0"},
+    "dro-reuse": {"name": "dro", "reuse": 2},
+    "online_dpo-reference": {"name": "online_dpo", "drawn_by": "reference", "group": 3, "reuse": 2},
+}
+
+
+def method(variant: str) -> Method:
+    return toy_method(REUSED.get(variant, {"name": variant}))
 
 
 def test_best_and_worst_of_a_group() -> None:
@@ -32,7 +43,7 @@ def test_a_group_without_a_gap_gives_no_gradient() -> None:
     policy, reference = networks("vp", "epsilon")
     state = replace(run(policy, reference), score=lambda latents, prompts: torch.zeros(len(latents)))
     rule = method("online_dpo")
-    [batch] = rule.prepare(state, seen(rule, pairs(4)))
+    [batch] = rule.prepare(state, batch_for(rule, 4))
     loss = rule.loss(state, batch)
     loss.value.sum().backward()
     assert (loss.value == 0).all() and (loss.metrics["skipped"] == 1).all() and (policy.mean.grad == 0).all()
@@ -47,7 +58,7 @@ def test_a_group_is_of_one_prompt_and_the_reward_is_told_so() -> None:
 
     state = replace(run(*networks("flow", "flow")), score=score)
     rule = method("online_dpo-reference")
-    first = rule.prepare(state, seen(rule, pairs(2)))[0]
+    first = rule.prepare(state, batch_for(rule, 2))[0]
     assert told == ["0"] * 3 + ["1"] * 3
     assert first.condition["prompt"].tolist() == [0, 1, 0, 1] and first.aux["reward_gap"].tolist() == [2, 2]
 
@@ -60,7 +71,7 @@ def test_who_draws(variant: str, mean: float) -> None:
     state, rule = run(policy, reference), method(variant)
     rule = replace(rule, time_high=1e-3)  # x_t is the picture
     with torch.no_grad():
-        batch = rule.prepare(state, seen(rule, pairs(200)))[0]
+        batch = rule.prepare(state, batch_for(rule, 200))[0]
     assert batch.x_t[200:].mean().item() == pytest.approx(mean, abs=1.0)
 
 
@@ -72,14 +83,14 @@ def test_guidance_leans_away_from_the_empty_prompt() -> None:
     for guidance in (1.0, 3.0):
         rule = replace(method("seppo"), guidance=guidance, time_high=1e-3)
         with torch.no_grad():
-            drawn.append(rule.prepare(run(policy, reference), seen(rule, pairs(200)))[0].x_t[200:].mean().item())
+            drawn.append(rule.prepare(run(policy, reference), batch_for(rule, 200))[0].x_t[200:].mean().item())
     assert drawn[1] > drawn[0] + 1
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_winner_and_opponent_share_noise_if_asked(shared: bool) -> None:
     rule = replace(method("seppo"), share_noise=shared)
-    [batch] = rule.prepare(run(*networks("vp", "epsilon")), seen(rule, pairs(4)))
+    [batch] = rule.prepare(run(*networks("vp", "epsilon")), batch_for(rule, 4))
     assert torch.equal(batch.y[:4], batch.y[4:]) == shared  # the target of an epsilon network is the noise
     assert torch.equal(batch.t[:4], batch.t[4:])
 
@@ -90,7 +101,7 @@ def test_spin_is_seppo_without_a_flip() -> None:
     values = []
     for rule in (method("spin"), replace(method("seppo"), flip="none")):
         state = run(policy, reference)
-        [batch] = rule.prepare(state, seen(rule, pairs(8)))
+        [batch] = rule.prepare(state, batch_for(rule, 8))
         values.append(rule.loss(state, batch).value)
     assert torch.equal(*values)
 
@@ -99,7 +110,7 @@ def test_spin_is_seppo_without_a_flip() -> None:
 def test_pictures_are_drawn_once_and_noised_several_times(variant: str) -> None:
     policy, reference = networks("flow", "flow")
     rule = method(variant)
-    one, two = rule.prepare(run(policy, reference), seen(rule, pairs(4)))
+    one, two = rule.prepare(run(policy, reference), batch_for(rule, 4))
     assert not torch.equal(one.x_t, two.x_t) and not torch.equal(one.t, two.t)
 
 
@@ -111,7 +122,7 @@ def test_the_policys_own_answer_is_dropped_from_dros_gradient_but_not_from_its_t
     torch.nn.init.normal_(policy.mean, std=0.5, generator=torch.Generator().manual_seed(0))
     state, rule = run(policy, reference), method("dro")
     with torch.no_grad():
-        [batch] = rule.prepare(state, seen(rule, pairs(64)))
+        [batch] = rule.prepare(state, batch_for(rule, 64))
     loss = rule.loss(state, batch)
     assert loss.metrics["m_l"].max().item() < 1e-8 < loss.metrics["r_l"].mean().item()
     expected = torch.relu(loss.metrics["d_w"] + loss.metrics["r_l"] + rule.margin)

@@ -7,6 +7,8 @@ Symbols, for a pair of winner w and loser l at one (t, eps):
 
 beta follows Diffusion-DPO's code (arXiv 2311.12908, eq. 14): T, the weight and 1/D are inside it and the error is a
 mean over elements, so a beta in the thousands is usual and a larger one keeps the policy closer to the reference.
+
+Here are the numbers that all share and the links of pairs; `divergences`, `listwise`, `unary` and `parts` are beside.
 """
 
 from __future__ import annotations
@@ -28,6 +30,24 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 def log_ratio(error: Tensor, reference_error: Tensor, beta: float) -> Tensor:
     """rho = -(beta / 2) (m - r)."""
     return -0.5 * beta * (error - reference_error)
+
+
+def winner_preserving_scale(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
+    """[B] in [0, 1], detached: what the loser's gradient is multiplied with (Diffusion-SDPO, arXiv 2511.03317).
+
+    With g = 2 (prediction - target) / D of winner and loser: min(1, (1 - mu) |g_w|^2 / <g_w, g_l>) where <g_w, g_l> is
+    above 0, else 1: to first order in the outputs a step then never raises the winner's error. Per sample; the released
+    code has one number for the batch.
+    """
+    g_w, g_l = (residual.detach().float().flatten(1) for residual in (residual_w, residual_l))
+    along = (g_w * g_l).sum(1)
+    bound = (1 - mu) * g_w.square().sum(1) / torch.where(along > 0, along, torch.ones_like(along))
+    return torch.where(along > 0, bound.clamp(max=1.0), torch.ones_like(along))
+
+
+def scaled_gradient(value: Tensor, scale: Tensor) -> Tensor:
+    """The same value with `scale` times its gradient."""
+    return value.detach() + scale * (value - value.detach())
 
 
 def sigmoid(rho_w: Tensor, rho_l: Tensor, smoothing: float = 0.0) -> Tensor:
