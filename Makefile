@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs: each sets up .venv on a machine with nothing but Python 3.11,
 # and goes straight to work when pyproject.toml and constraints.txt have not changed since.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 FAST := not slow and not gpu and not network
 SLOW := slow and not gpu and not network
@@ -19,8 +20,9 @@ INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c con
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
 
+# in as many processes as there are WORKERS, with one thread each: tests are small, and threads would only wait
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "$(FAST)" -rs tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(FAST)" -rs -n $(WORKERS) --dist loadfile tests
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "$(SLOW)" -rs tests

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_views import EMPTY, batch_for, networks, run
+from toy_views import EMPTY, batch_for, networks, run, toy_method
 
 from diffalign.config import load_config
 from diffalign.methods.base import Method
