@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.league_data import league_data
+from benchmarks.league_data import LISTS, PAIRS, league_data
 from benchmarks.league_page import write_page
 from diffalign.assets import asset
 from diffalign.config import as_dict, load_config
@@ -83,9 +83,10 @@ class Counter:
 def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> list[str]:
     """What the league changes of a method's config: the model, the data, and where things go."""
     prompts_alone = ["rewards={shapes: 1.0}"] if method == "online_dpo" else []
+    file = data / (PAIRS if method == "densedpo" else LISTS)
     return [
         f"pretrained_model_name_or_path={model}",
-        f"data={{name: jsonl, path: {data}, val_fraction: 0}}",
+        f"data={{name: jsonl, path: {file}, val_fraction: 0}}",
         f"output_dir={folder}",
         f"cache_dir={data.parent / 'cache'}",
         f"seed={seed}",

@@ -28,13 +28,15 @@ CAPTIONS = 500
 CANDIDATES = 4
 GUIDANCE_SCALE = 3.0
 SEED = 17
+LISTS = "metadata.jsonl"
+PAIRS = "pairs.jsonl"  # the same with best and worst alone, for labels of regions
 GRID = 8  # cells of a side of the region map
 BATCH = 24  # captions at a time
 
 
 def league_data(pipe: LatentPipeline, folder: Path, captions: int = CAPTIONS) -> Path:
     """Draws what is missing under `folder`, so that it can be interrupted; the file appears when all is there."""
-    file = folder / "metadata.jsonl"
+    file = folder / LISTS
     if file.exists():
         return file
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,16 @@ def league_data(pipe: LatentPipeline, folder: Path, captions: int = CAPTIONS) ->
             lines = _drawn(pipe, scenes[start : start + BATCH], start, folder)
             _write(part, "".join(json.dumps(line) + "\n" for line in lines))
             print(f"{folder}: {min(start + BATCH, captions)} of {captions} captions drawn", flush=True)
-    _write(file, "".join(part.read_text() for part in sorted(folder.glob("part-*.jsonl"))))
+    whole = "".join(part.read_text() for part in sorted(folder.glob("part-*.jsonl")))
+    _write(folder / PAIRS, "".join(_best_and_worst(line) for line in whole.splitlines()))
+    _write(file, whole)
     return file
+
+
+def _best_and_worst(line: str) -> str:
+    row = json.loads(line)
+    row["images"], row["scores"] = row["images"][:: CANDIDATES - 1], row["scores"][:: CANDIDATES - 1]
+    return json.dumps(row) + "\n"
 
 
 def _drawn(pipe: LatentPipeline, scenes: Sequence[Scene], start: int, folder: Path) -> list[dict[str, Any]]:

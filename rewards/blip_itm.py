@@ -166,7 +166,7 @@ class BlipITM(BlipScore):
         self.network.text_encoder.to(kind)
         super().__init__(square_recipe(side))
         sides = {"text_encoder": self.network.text_encoder, "text_proj": self.network.text_proj}
-        self._reader = ContrastiveReader(nn.ModuleDict(sides))
+        self._reader = ContrastiveReader(nn.ModuleDict(sides).eval())
         self._texts = TextFeatures(new=lambda prompts: self._tell_cut(self._reader.too_long(prompts)))
         self.output = chosen = OUTPUTS[output]
         self.card = replace(

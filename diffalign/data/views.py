@@ -72,6 +72,8 @@ class Example:
     @property
     def signs(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
         """Labels of segments, or of regions as the crop shows them: +1 where the first member is the better one."""
+        if len(self.members) < 2:
+            return None
         side = 1 if self.members[0] < self.members[-1] else -1
         if self.record.segments is not None:
             return tuple(side * sign for sign in self.record.segments)
@@ -123,6 +125,7 @@ def pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> l
 
 def user_pairs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
     """Pairs of somebody in particular (PPD)."""
+    _several(record)
     if record.user is None:
         raise ValueError("the row does not say who preferred: give it a user (user_id in Pick-a-Pic's columns), or "
                          "train without users (dpo)")  # fmt: skip
