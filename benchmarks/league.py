@@ -82,7 +82,6 @@ class Counter:
 
 def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> list[str]:
     """What the league changes of a method's config: the model, the data, and where things go."""
-    prompts_alone = ["rewards={shapes: 1.0}"] if method == "online_dpo" else []
     file = data / (PAIRS if method == "densedpo" else LISTS)
     return [
         f"pretrained_model_name_or_path={model}",
@@ -95,7 +94,6 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
         "early_stopping_patience=null",
         "report_to=none",
         "checkpointing_steps=1000000",
-        *prompts_alone,
     ]
 
 

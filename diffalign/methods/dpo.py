@@ -30,6 +30,7 @@ from diffalign.losses import (
 )
 from diffalign.losses.divergences import DIVERGENCES
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, prediction_and_reference
+from diffalign.methods.checks import check_positive, check_times
 from diffalign.process import time_weight
 
 SATURATED = 5.0  # |h| beyond which a pair gives almost no gradient
@@ -76,8 +77,7 @@ class DPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"method.beta: expected a number above 0, got {self.beta}")
+        check_positive(beta=self.beta)
         if self.link not in LINKS:
             raise ValueError(f"method.link: expected one of {', '.join(LINKS)}, got {self.link!r}")
         if not 0 <= self.label_smoothing < 0.5 or (self.link in NEEDS_SMOOTHING and self.label_smoothing == 0):
@@ -88,9 +88,7 @@ class DPO:
         if self.winner_preserving is not None and not 0 <= self.winner_preserving <= 1:
             raise ValueError(f"method.winner_preserving: expected a number in [0, 1], or leave it out, "
                              f"got {self.winner_preserving}")  # fmt: skip
-        if not 0 <= self.time_low < self.time_high <= 1:
-            raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
-                             f"got {self.time_low}, {self.time_high}")  # fmt: skip
+        check_times(self.time_low, self.time_high, self.timestep_weight)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return [noise_together(run, batch, (self.time_low, self.time_high))]

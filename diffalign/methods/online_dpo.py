@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffalign.losses import log_ratio, sigmoid
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noised_at, reference_of
+from diffalign.methods.checks import check_times
 from diffalign.methods.dpo import pair_metrics
 from diffalign.process import moved, time_weight
 from diffalign.rollouts import Sampler, repeated, roll_out
@@ -74,9 +75,7 @@ class OnlineDPO:
             raise ValueError(f"method.group: expected at least 2 pictures of a prompt to compare, got {self.group}")
         if self.drawn_by not in ("policy", "reference"):
             raise ValueError(f"method.drawn_by: expected policy or reference, got {self.drawn_by!r}")
-        if not 0 <= self.time_low < self.time_high <= 1:
-            raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
-                             f"got {self.time_low}, {self.time_high}")  # fmt: skip
+        check_times(self.time_low, self.time_high, self.timestep_weight)
         self._sampler()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:

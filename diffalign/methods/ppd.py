@@ -24,6 +24,7 @@ import torch
 
 from diffalign.losses import log_ratio, sigmoid
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.methods.checks import check_positive, check_times
 from diffalign.methods.dpo import pair_metrics
 from diffalign.process import moved, per_sample, time_weight
 
@@ -52,13 +53,10 @@ class PPD:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"method.beta: expected a number above 0, got {self.beta}")
+        check_positive(beta=self.beta)
         if not 0 <= self.user_dropout < 1:
             raise ValueError(f"method.user_dropout: expected a number in [0, 1), got {self.user_dropout}")
-        if not 0 <= self.time_low < self.time_high <= 1:
-            raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
-                             f"got {self.time_low}, {self.time_high}")  # fmt: skip
+        check_times(self.time_low, self.time_high, self.timestep_weight)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         if "user" not in batch.condition:

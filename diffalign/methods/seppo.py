@@ -23,6 +23,7 @@ import torch
 
 from diffalign.losses import FLIPS, flip_sign, log_ratio, sigmoid
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noised_at, reference_of
+from diffalign.methods.checks import check_times
 from diffalign.methods.dpo import pair_metrics
 from diffalign.process import moved, time_weight
 from diffalign.rollouts import Sampler, roll_out
@@ -69,9 +70,7 @@ class SePPO:
                              f"got {self.beta}, {self.reuse}")  # fmt: skip
         if self.flip not in FLIPS:
             raise ValueError(f"method.flip: expected one of {', '.join(FLIPS)}, got {self.flip!r}")
-        if not 0 <= self.time_low < self.time_high <= 1:
-            raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, "
-                             f"got {self.time_low}, {self.time_high}")  # fmt: skip
+        check_times(self.time_low, self.time_high, self.timestep_weight)
         self._sampler()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
