@@ -100,7 +100,7 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
 def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> tuple[Path, int, float, int]:
     """(folder of the LoRA, evaluations, seconds, examples a step) of a run of so many steps."""
     shutil.rmtree(folder, ignore_errors=True)
-    prepared = prepare_run(config, [*changes, f"max_train_steps={steps}"])
+    prepared = prepare_run(config, [*changes, f"output_dir={folder}", f"max_train_steps={steps}"])
     counter, start = Counter(prepared.pipe.network), time.perf_counter()
     run = Trainer(prepared).fit()
     examples = prepared.config.train_batch_size * prepared.config.gradient_accumulation_steps

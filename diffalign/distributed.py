@@ -23,9 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffalign.config import RunConfig
-from diffalign.pipelines.base import LatentPipeline
-from diffalign.reference import MOVING
-from diffalign.sampling import Policy
+from diffalign.reference import MOVING, Fixed, Reference
 from diffalign.zero import ZeroOptimizer, zero2
 
 Item = TypeVar("Item")
@@ -89,7 +87,7 @@ def spread(
     accelerator: Accelerator,
     config: RunConfig,
     network: torch.nn.Module,
-    reference: Policy | None,
+    reference: Reference | None,
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
 ) -> tuple[torch.nn.Module, Any]:
     """(the network as the policy calls it, the optimizer of what is trained).
@@ -100,9 +98,8 @@ def spread(
     """
     if in_shards(accelerator):
         shard(accelerator, config, network)
-        owner = getattr(getattr(reference, "policy", None), "__self__", None)  # of a second pipeline's `predict`
-        if isinstance(owner, LatentPipeline):
-            shard(accelerator, config, owner.network)
+        if isinstance(reference, Fixed) and reference.network is not network:
+            shard(accelerator, config, reference.network)
     made = optimizer([p for p in network.parameters() if p.requires_grad])
     if with_deepspeed(accelerator):
         return zero2(network, made, config)

@@ -1,14 +1,16 @@
 """What a training run will take, before anything is downloaded: parameters, FLOPs, memory and time.
 
 The network is built on the meta device and one picture is passed through it, forward and backward; everything else is
-multiplication. What a method does besides one pass of policy and reference over its pictures (drawing, inverting) is
-not counted. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
-memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top.
+multiplication. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
+memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top; and time of
+methods that draw pictures, without the decoder and the rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,11 +65,37 @@ class Work:
     forwards: int
 
 
-WORK: dict[str, Work] = {  # of methods that do not take each picture of their view once through policy and reference
-    "rankdpo": Work(1, 4, 8),  # a list of four, one picture at a time, each seen twice by the policy
-    "kto": Work(1, 1, 2),
-    "tkto": Work(2, 2, 4),
-    "capo": Work(2, 2, 2),  # the best and the worst of a list
+def _drawing(method: Any, more: int = 0) -> Work:
+    """A pair, of which one picture (or a group, of which two stay) is drawn, and which is noised `reuse` times."""
+    walk = method.steps * (1 if method.guidance == 1 else 2) * getattr(method, "group", 1)
+    return Work(2, 2 * method.reuse, (2 + more) * method.reuse + walk)
+
+
+def _inverting(method: Any, asked: int) -> Work:
+    """A pair, each picture of which is walked half of the levels on average."""
+    return Work(2, 2, 2 + asked * (method.steps + 1))
+
+
+def _trajectories(method: Any) -> Work:
+    """A pair of which both trajectories are walked, as at the first visit; later ones are spared that."""
+    guidance = 1 if method.guidance == 1 else 2
+    walks = 2 * method.steps * (1 + method.renoise)
+    return Work(2, 2 * method.sampled * guidance, (2 * method.sampled + walks) * guidance)
+
+
+# of methods that do not take each picture of their view once through policy and reference
+WORK: dict[str, Callable[[Any], Work]] = {
+    "rankdpo": lambda method: Work(1, 4, 8),  # a list of four, one picture at a time, each seen twice by the policy
+    "kto": lambda method: Work(1, 1, 2),
+    "tkto": lambda method: Work(2, 2, 4),
+    "capo": lambda method: Work(2, 2, 2),  # the best and the worst of a list
+    "seppo": _drawing,
+    "spin": _drawing,
+    "online_dpo": _drawing,
+    "dro": lambda method: _drawing(method, more=1),  # the policy also says what its own walk's target is
+    "inpo": lambda method: _inverting(method, asked=1 + method.renoise),
+    "smpo": lambda method: _inverting(method, asked=2),  # ReNoise asks twice a step
+    "inversion_dpo": _trajectories,
 }
 
 
@@ -104,21 +132,14 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     """
     full = config.train == "full"
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    network = meta_network(architecture or network_config(config.pretrained_model_name_or_path), dtype)
-    parameters = sum(p.numel() for p in network.parameters())
-    forward = _forward(network, config.resolution).flops
-    if full:
-        network.requires_grad_(True)
-        trained = parameters
-    elif config.train == "user":
-        trained = attach_meta_user(network, USER_WIDTHS.get(str(config.users["name"]), max(USER_WIDTHS.values())))
-    else:
-        trained = attach_meta_lora(network, config.lora.rank, config.lora.targets)
-    step, kept = _forward_and_backward(network, config.resolution, bool(config.gradient_checkpointing))
+    found = dict(architecture or network_config(config.pretrained_model_name_or_path))
+    parameters, trained, forward, step, kept = _counts(json.dumps(found), dtype, _Adapter.of(config), config.resolution,
+                                                       bool(config.gradient_checkpointing))  # fmt: skip
     method = build(METHODS, config.method, what="method")
     compared = Need.REFERENCE in method.needs
     pictures = PICTURES.get(split_section(method.view, "view")[0], 2)
-    work = WORK.get(config.method_name, Work(pictures, pictures, pictures if compared else 0))
+    plain = Work(pictures, pictures, pictures if compared else 0)
+    work = WORK[config.method_name](method) if config.method_name in WORK else plain
     width = torch.finfo(dtype).bits / 8
     copy = 4 if config.reference_name == "frozen_copy" and full else width  # a full run's copy is fp32 as well
     memory = {
@@ -132,6 +153,43 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     }
     flops = work.trained * step + work.forwards * forward
     return Estimate(parameters, trained, forward, flops, {part: size for part, size in memory.items() if size})
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What is trained: everything, a user's tokens of a width, or a LoRA."""
+
+    train: str
+    user_width: int
+    rank: int
+    targets: str
+
+    @classmethod
+    def of(cls, config: RunConfig) -> _Adapter:
+        width = USER_WIDTHS.get(str(config.users["name"]), max(USER_WIDTHS.values()))
+        return cls(config.train, width, config.lora.rank, json.dumps(config.lora.targets))
+
+    def attach(self, network: Any, parameters: int) -> int:
+        """Frees what is trained, and counts it."""
+        if self.train == "full":
+            network.requires_grad_(True)
+            return parameters
+        if self.train == "user":
+            return attach_meta_user(network, self.user_width)
+        return attach_meta_lora(network, self.rank, json.loads(self.targets))
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(
+    architecture: str, dtype: torch.dtype, adapter: _Adapter, resolution: int, checkpointing: bool
+) -> tuple[int, int, float, float, int]:
+    """(parameters, trained ones, FLOPs of a forward pass, of one with its backward, bytes kept) of one picture."""
+    network = meta_network(json.loads(architecture), dtype)
+    parameters = sum(p.numel() for p in network.parameters())
+    forward = _forward(network, resolution).flops
+    trained = adapter.attach(network, parameters)
+    step, kept = _forward_and_backward(network, resolution, checkpointing)
+    return parameters, trained, forward, step, kept
 
 
 def _kept_sets(config: RunConfig) -> int:

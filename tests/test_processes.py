@@ -62,7 +62,7 @@ trainer.fit()
 parameters = {n: p.detach() for n, p in trainer.pipe.network.named_parameters() if p.requires_grad}
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     moments = [m["exp_avg"] for m in trainer.optimizer.state_dict()["state"].values()]
-    frozen = trainer.reference.__self__.network.parameters()
+    frozen = trainer.reference.network.parameters()
     for held in (parameters.values(), trainer.ema.values.values(), moments, frozen):
         assert 0.4 * total < sum(t.to_local().numel() for t in held) < 0.6 * total
 elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
