@@ -22,6 +22,9 @@ chosen on; an interval is a bootstrap of 95 % over captions, where the mean of a
 of a gain is a paired one. "Learned" is tiny-clip, which can be fooled; "distance" is the root mean square difference
 from the base model's picture of the same noise, in [0, 1]. Time is of training alone, on the CPU.
 
+Read it with this in mind: the pictures are each model's own, drawn at guidance 3, and the best of four may still be
+wrong. Imitating them (SFT) makes a model worse, ranking them makes it better.
+
 """
 COLUMNS = (
     "method",
