@@ -23,7 +23,7 @@ of a gain is a paired one. "Learned" is tiny-clip, which can be fooled; "distanc
 from the base model's picture of the same noise, in [0, 1]. Time is of training alone, on the CPU.
 
 Read it with this in mind: the pictures are each model's own, drawn at guidance 3, and the best of four may still be
-wrong. Imitating them (SFT) makes a model worse, ranking them makes it better.
+wrong. To imitate them makes a model worse: SFT does, and MaPO, in whose loss the winner's own error weighs most.
 
 """
 COLUMNS = (
