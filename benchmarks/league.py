@@ -8,8 +8,9 @@ Each model draws its own training pictures once (`league_data`), which the verif
 its own view. A row trains one method with the settings of configs/tiny-sd/<method>.yaml for at most BUDGET evaluations
 of the network (policy, reference, sampling and inversion; a picture at a time is one, a backward pass is not counted),
 then draws the held-out captions with and without the LoRA, from the same noise. Settings were never chosen on held-out
-captions. A finished row is one JSON file under docs/league/rows, with the hash of its config and code; it is not
-computed again unless one of them changes, or --again is given.
+captions. A finished row is one JSON file under docs/league/rows, with the hashes of its config and of its code. It is
+computed again if its config, model or data change, or if the code does and three steps of training then leave other
+numbers than before, or with --again.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import argparse
 import hashlib
 import inspect
 import json
+import math
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.league_data import LISTS, PAIRS, league_data
-from benchmarks.league_page import write_page
+from benchmarks.league_data import LISTS, PAIRS, league_data, settings
+from benchmarks.league_page import ELSEWHERE, MODELS, write_page
 from diffalign.assets import asset
 from diffalign.config import as_dict, load_config
 from diffalign.generation import generate
@@ -47,16 +49,38 @@ from diffalign.startup import prepare_run
 from diffalign.table import resolve
 from diffalign.telemetry import drift
 from diffalign.trainer import Trainer
+from diffalign.writing import write_json
 
-MODELS = ("tiny-sd", "tiny-sdxl", "tiny-sd3")
 SEEDS = {"tiny-sd": (0, 1, 2), "tiny-sdxl": (0,), "tiny-sd3": (0,)}
-ELSEWHERE = {"ppd": "benchmarks.ppd: it needs users, and wins by each user's own taste"}
 BUDGET = 20_000
 DRAWS = 540
 GUIDANCE_SCALE = 4.5
 SEED_OF_DRAWS = 90_000
+OWN = {"dcpo": ["method.perturber=null"]}  # the data say what losers show, which the shipped pairs do not
+DRAWN = (DRAWS, GUIDANCE_SCALE, SEED_OF_DRAWS)  # how held-out pictures are drawn
 ROWS = Path("docs/league/rows")
-CODE = ("losses", "process", "sampling", "batches", "reference", "selection", "trainer", "methods.base")
+CODE = (
+    "losses",
+    "process",
+    "sampling",
+    "batches",
+    "reference",
+    "selection",
+    "trainer",
+    "rollouts",
+    "inversion",
+    "methods.base",
+    "methods.pairs",
+    "methods.inverted",
+    "methods.paid",
+    "methods.direct",
+    "methods.grpo",
+    "losses.policy",
+    "dynamics",
+    "episodes",
+    "advantages",
+    "scores",
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,7 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
     """What the league changes of a method's config: the model, the data, and where things go."""
     file = data / (PAIRS if method == "densedpo" else LISTS)
     return [
+        *OWN.get(method, ()),
         f"pretrained_model_name_or_path={model}",
         f"data={{name: jsonl, path: {file}, val_fraction: 0}}",
         f"output_dir={folder}",
@@ -97,20 +122,53 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
     ]
 
 
-def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> tuple[Path, int, float, int]:
-    """(folder of the LoRA, evaluations, seconds, examples a step) of a run of so many steps."""
+@dataclass(frozen=True)
+class Trained:
+    """A run: the LoRA's folder, network evaluations, seconds, examples a step, and its last metrics."""
+
+    folder: Path
+    evaluations: int
+    seconds: float
+    examples: int
+    metrics: dict[str, float]
+
+
+def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> Trained:
+    """A run of so many steps, in an empty folder.
+
+    Raises:
+        SystemExit: it was stopped by a signal, which a run obeys in its own time: it is no row.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     prepared = prepare_run(config, [*changes, f"output_dir={folder}", f"max_train_steps={steps}"])
     counter, start = Counter(prepared.pipe.network), time.perf_counter()
     run = Trainer(prepared).fit()
+    if run.interrupted:
+        raise SystemExit(f"stopped at step {run.steps} of {steps}")
     examples = prepared.config.train_batch_size * prepared.config.gradient_accumulation_steps
-    return run.folder, counter.count, time.perf_counter() - start, examples
+    return Trained(run.folder, counter.count, time.perf_counter() - start, examples, run.metrics)
 
 
-def affordable_steps(config: str, changes: Sequence[str], folder: Path) -> int:
-    """Steps that fit the budget, from what one step and what three steps take."""
-    one, three = (trained(config, changes, steps, folder)[1] for steps in (1, 3))
-    return max(1, int((BUDGET - one) / ((three - one) / 2)) + 1)
+@dataclass(frozen=True)
+class Probe:
+    """What three steps show of a row: how many fit the budget, and a mark that other numerics would not leave."""
+
+    steps: int
+    mark: dict[str, float]
+
+    def agrees(self, mark: Mapping[str, float]) -> bool:
+        """Whether an earlier probe left the same mark, up to rounding."""
+        return mark.keys() == self.mark.keys() and all(
+            math.isclose(mark[name], value, rel_tol=1e-3, abs_tol=1e-6) for name, value in self.mark.items()
+        )
+
+
+def probed(config: str, changes: Sequence[str], folder: Path) -> Probe:
+    """One step, then three."""
+    one, three = (trained(config, [*changes, "logging_steps=1"], steps, folder) for steps in (1, 3))
+    shutil.rmtree(folder, ignore_errors=True)
+    steps = max(1, int((BUDGET - one.evaluations) / ((three.evaluations - one.evaluations) / 2)) + 1)
+    return Probe(steps, {"evaluations": three.evaluations} | {k: three.metrics[k] for k in ("loss", "grad_norm")})
 
 
 def held_out() -> list[Scene]:
@@ -133,53 +191,61 @@ def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
     return Drawn(pixels, passed, learned)
 
 
-def key_of(config: str, changes: Sequence[str], method: str) -> str:
-    """Hash of a row's config and of the code that trains it; folders do not count."""
-    values = as_dict(load_config(config, changes))
+def keys_of(config: str, changes: Sequence[str], model: str, method: str) -> dict[str, str]:
+    """Hashes of a row's config with the model and its data, where folders do not count, and of the code of a run."""
+    values = as_dict(load_config(config, changes)) | {"from": settings(model), "budget": BUDGET}
     for where in ("output_dir", "cache_dir", "data"):
         del values[where]
     modules = [f"diffalign.{name}" for name in CODE] + [resolve(METHODS, method, "method").__module__]
     sources = [inspect.getsource(__import__(name, fromlist=["x"])) for name in modules]
-    return hashlib.sha256("\n".join([json.dumps(values, sort_keys=True, default=str), *sources]).encode()).hexdigest()[
-        :16
-    ]
+    texts = {"config": json.dumps(values, sort_keys=True, default=str), "code": "\n".join(sources)}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def base_row(model: str, scenes: Sequence[Scene], work: Path) -> tuple[dict[str, Any], Drawn]:
     """The model as it ships; its pictures are kept under `work`."""
-    file, pictures = ROWS / f"{model}-base.json", work / "base.pt"
-    if file.exists() and pictures.exists():
+    file, key = ROWS / f"{model}-base.json", hashlib.sha256(f"{settings(model)}/{DRAWN}".encode()).hexdigest()[:16]
+    pictures = work / f"base-{key}.pt"
+    if pictures.exists() and file.exists() and json.loads(file.read_text()).get("key") == key:
         return json.loads(file.read_text()), Drawn(**torch.load(pictures))
     found = drawn(model, None, scenes)
     torch.save(vars(found), pictures)
-    row = {"model": model, "method": "base", "seed": None, "passed": _marks(found.passed),
+    row = {"model": model, "method": "base", "seed": None, "key": key, "passed": _marks(found.passed),
            "learned": float(np.mean(found.learned))}  # fmt: skip
-    _write(file, row)
+    write_json(file, row, indent=1)
     return row, found
 
 
 def method_row(
     model: str, method: str, seed: int, scenes: Sequence[Scene], base: Drawn, work: Path, again: bool
 ) -> None:
-    """Trains and draws one row, unless it is there."""
+    """Trains and draws one row, unless it is there.
+
+    After a change of the code three steps are enough to see that a row would come out the same; it is then kept.
+    """
     file, folder = ROWS / f"{model}-{method}-{seed}.json", work / f"{method}-{seed}"
-    config, changes = f"tiny-sd/{method}", overrides(model, method, seed, work / "data", folder)
-    key = key_of(config, changes, method)
-    if file.exists() and not again and json.loads(file.read_text())["key"] == key:
+    config, changes = f"tiny-sd/{method}", overrides(model, method, seed, work / f"data-{settings(model)}", folder)
+    keys = keys_of(config, changes, model, method)
+    old = json.loads(file.read_text()) if file.exists() and not again else {}
+    if old.get("keys") == keys:
         return
-    steps = affordable_steps(config, changes, work / "probe")
-    lora, evaluations, seconds, examples = trained(config, changes, steps, folder)
-    found = drawn(model, lora, scenes)
+    probe = probed(config, changes, work / f"probe-{method}-{seed}")
+    if old.get("keys", {}).get("config") == keys["config"] and probe.agrees(old["probe"]):
+        write_json(file, old | {"keys": keys}, indent=1)
+        return
+    run = trained(config, changes, probe.steps, folder)
+    found = drawn(model, run.folder, scenes)
     row = {
-        "model": model, "method": method, "seed": seed, "key": key, "steps": steps, "examples": steps * examples,
-        "evaluations": evaluations, "seconds": round(seconds, 1), "threads": torch.get_num_threads(),
+        "model": model, "method": method, "seed": seed, "keys": keys, "probe": probe.mark, "steps": probe.steps,
+        "examples": probe.steps * run.examples, "evaluations": run.evaluations, "seconds": round(run.seconds, 1),
+        "threads": torch.get_num_threads(),
         "machine": platform.machine(), "torch": torch.__version__, "passed": _marks(found.passed),
         "learned": float(np.mean(found.learned)), "drift": float(drift(found.pixels, base.pixels).mean()),
     }  # fmt: skip
-    _write(file, row)
+    write_json(file, row, indent=1)
     gain = np.mean(found.passed) - np.mean(base.passed)
-    print(f"{model} {method} seed {seed}: {np.mean(found.passed):.3f}, gain {gain:+.3f}, {steps} steps, "
-          f"{evaluations} evaluations, {seconds:.0f} s", flush=True)  # fmt: skip
+    print(f"{model} {method} seed {seed}: {np.mean(found.passed):.3f}, gain {gain:+.3f}, {probe.steps} "
+          f"steps, {run.evaluations} evaluations, {run.seconds:.0f} s", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -196,7 +262,7 @@ def main() -> None:
         for model in args.models:
             work = args.work / model
             work.mkdir(parents=True, exist_ok=True)
-            league_data(load_pipeline(model), work / "data")
+            league_data(load_pipeline(model), work / f"data-{settings(model)}")
             _, base = base_row(model, scenes, work)
             for seed in args.seeds or SEEDS[model]:
                 for method in args.methods:
@@ -207,13 +273,6 @@ def main() -> None:
 
 def _marks(passed: Sequence[int]) -> str:
     return "".join(map(str, passed))
-
-
-def _write(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(row, indent=1) + "\n")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ pairs, lists, thumbs and captions are views of the same pictures.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffalign.assets import asset
 from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.rewards.preprocess import to_pictures
@@ -23,6 +25,7 @@ from diffalign.shapes.describe import describe
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.pairs import jpeg
 from diffalign.shapes.verify import WORKING_SIZE, Seen, Verdict, verify
+from diffalign.writing import write_text
 
 CAPTIONS = 500
 CANDIDATES = 4
@@ -32,6 +35,13 @@ LISTS = "metadata.jsonl"
 PAIRS = "pairs.jsonl"  # the same with best and worst alone, for labels of regions
 GRID = 8  # cells of a side of the region map
 BATCH = 24  # captions at a time
+
+
+def settings(model: str) -> str:
+    """Hash of what the data follow from: the model's files, the captions and how pictures are drawn."""
+    files = [path.read_bytes() for path in sorted(asset(model).rglob("*")) if path.is_file()]
+    chosen = repr((CAPTIONS, CANDIDATES, GUIDANCE_SCALE, SEED, GRID))
+    return hashlib.sha256(b"".join([*files, chosen.encode()])).hexdigest()[:12]
 
 
 def league_data(pipe: LatentPipeline, folder: Path, captions: int = CAPTIONS) -> Path:
@@ -45,11 +55,11 @@ def league_data(pipe: LatentPipeline, folder: Path, captions: int = CAPTIONS) ->
         part = folder / f"part-{start:05d}.jsonl"
         if not part.exists():
             lines = _drawn(pipe, scenes[start : start + BATCH], start, folder)
-            _write(part, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(part, "".join(json.dumps(line) + "\n" for line in lines))
             print(f"{folder}: {min(start + BATCH, captions)} of {captions} captions drawn", flush=True)
     whole = "".join(part.read_text() for part in sorted(folder.glob("part-*.jsonl")))
-    _write(folder / PAIRS, "".join(_best_and_worst(line) for line in whole.splitlines()))
-    _write(file, whole)
+    write_text(folder / PAIRS, "".join(_best_and_worst(line) for line in whole.splitlines()))
+    write_text(file, whole)
     return file
 
 
@@ -98,9 +108,3 @@ def region_map(seen: Sequence[Seen]) -> list[list[int]]:
         left, top, right, bottom = (side * GRID / WORKING_SIZE for side in one.box)
         cells[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 1
     return cells.tolist() if cells.any() else np.ones_like(cells).tolist()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
