@@ -15,7 +15,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion league clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid league clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -53,6 +53,10 @@ league: .venv/installed
 # inversion in batches against one picture at a time, on the CPU
 bench-inversion: .venv/installed
 	$(BIN)/python -m benchmarks.inversion --out runs/bench-inversion.json
+
+# updates on rollouts against the straightforward way, on the CPU
+bench-paid: .venv/installed
+	$(BIN)/python -m benchmarks.paid --out runs/bench-paid.json
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffalign needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'

@@ -40,6 +40,7 @@ from diffalign.shapes.verify import verify
 from diffalign.statistics import Interval, bootstrap_mean, wins
 from diffalign.trainer import train
 from diffalign.users import Shot, embed_user, load_user, save_user
+from diffalign.writing import replacing
 
 SEED_OF_DRAWS = 70_000
 MIDDLE = 128  # between the two kinds of background, which are 15 to 70 and 200 to 250
@@ -75,9 +76,8 @@ def write_pairs(path: Path, count: int, seed: int) -> None:
             labels = {"label_0": float(first == user), "label_1": float(second == user)}
             pictures = {"jpg_0": _png(grounds[first]), "jpg_1": _png(grounds[second])}
             rows.append({"caption": str(scene), **pictures, **labels, "user_id": user})
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)
 
 
 def new_shots(user: str, count: int, seed: int) -> list[Shot]:

@@ -8,14 +8,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
 from diffalign.cache import Cache
+from diffalign.data.example import Example
 from diffalign.data.examples import epoch_order
 from diffalign.data.images import Frame
-from diffalign.data.views import Example
 from diffalign.methods.base import Batch
 from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.process import moved
@@ -64,13 +65,19 @@ class Batches:
         self, number: int, generator: torch.Generator, prompt_dropout: float, device: torch.device, step: int = 0
     ) -> Batch:
         """The batch of this number in the endless sequence of shuffled epochs over what is chosen at a step."""
-        chosen = self.chooser.chosen(step) if self.chooser else None
-        kinds = self.kinds if chosen is None else tuple(self.kinds[i] for i in chosen)
-        epoch, index = divmod(number, len(epoch_batches(kinds, self.batch_size, self.seed, 0)))
-        places = epoch_batches(kinds, self.batch_size, self.seed, epoch)[index]
-        examples = [self.train[place if chosen is None else chosen[place]] for place in places]
+        examples = [self.train[i] for i in self._order(self.chooser.chosen(step) if self.chooser else None).at(number)]
         dropped = (torch.rand(len(examples), generator=generator) < prompt_dropout).tolist()
         return self._collate(examples, dropped, generator, device)
+
+    def _order(self, chosen: tuple[int, ...] | None) -> Order:
+        """Of what is chosen; kept until something else is, since it is as long as the data."""
+        if not self._orders or self._orders[0].chosen is not chosen:
+            self._orders[:] = [Order(self.kinds, self.batch_size, self.seed, chosen)]
+        return self._orders[0]
+
+    @functools.cached_property
+    def _orders(self) -> list[Order]:
+        return []
 
     def validation_batches(self, seed: int, device: torch.device) -> Iterator[Batch]:
         """All held-out examples, in order, with a fixed draw of their latents."""
@@ -143,9 +150,29 @@ def _posterior_sample(moments: Sequence[dict[str, Tensor]], generator: torch.Gen
     return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
 
 
-@functools.lru_cache(maxsize=4)
+@final
+class Order:
+    """The endless sequence of batches over the chosen examples (None: all); the epoch that is under way is kept."""
+
+    def __init__(
+        self, kinds: Sequence[tuple[int, ...]], batch_size: int, seed: int, chosen: tuple[int, ...] | None = None
+    ) -> None:
+        self.chosen = chosen
+        self._kinds = kinds if chosen is None else [kinds[i] for i in chosen]
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch, self._batches = 0, epoch_batches(self._kinds, batch_size, seed, 0)
+
+    def at(self, number: int) -> Sequence[int]:
+        """Indices of the examples of this batch."""
+        epoch, index = divmod(number, len(self._batches))  # every epoch has as many
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, epoch_batches(self._kinds, self._batch_size, self._seed, epoch)
+        places = self._batches[index]
+        return places if self.chosen is None else [self.chosen[place] for place in places]
+
+
 def epoch_batches(
-    kinds: tuple[tuple[int, ...], ...], batch_size: int, seed: int, epoch: int
+    kinds: Sequence[tuple[int, ...]], batch_size: int, seed: int, epoch: int
 ) -> tuple[tuple[int, ...], ...]:
     """Indices of each batch of one epoch, from (seed, epoch) alone; the examples of one batch are of one kind.
 

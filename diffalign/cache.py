@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.data.views import Example
+from diffalign.data.example import Example
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.sampling import Condition
 from diffalign.shards import Entry, Shards

@@ -24,6 +24,7 @@ from diffalign.cli_options import (
     Images,
     Json,
     Lora,
+    LoraScale,
     Model,
     Overrides,
     Places,
@@ -36,7 +37,7 @@ from diffalign.cli_options import (
     UserAdapter,
     Weights,
 )
-from diffalign.cli_preferences import compare, label
+from diffalign.cli_preferences import compare, judge, label
 from diffalign.console import Result, guarded, show, working
 
 app = typer.Typer(
@@ -100,6 +101,7 @@ def cache(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 def generate(
     model: Model = "tiny-sd",
     lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     user_adapter: UserAdapter = None,
     user: User = None,
     prompt: Prompt = None,
@@ -119,7 +121,7 @@ def generate(
         from diffalign import arguments, commands
 
         rows = arguments.read_prompt_options(prompt or [], prompts)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale)
         place = arguments.default_device(device)
         told = commands.Told(user_adapter, user)
         result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told)
@@ -167,12 +169,14 @@ def score(
 
 app.command()(label)
 app.command()(compare)
+app.command()(judge)
 
 
 @app.command()
 def evaluate(
     model: Model = "tiny-sd",
     lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     user_adapter: UserAdapter = None,
     user: User = None,
     prompt: Prompt = None,
@@ -197,7 +201,7 @@ def evaluate(
         place = arguments.default_device(device)
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale)
         told = commands.Told(user_adapter, user)
         result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told)
     show(result, as_json)

@@ -13,6 +13,7 @@ Overrides = Annotated[
 ]
 Model = Annotated[str, typer.Option(help="A diffusers folder, a hub id, or a shipped model such as tiny-sd.")]
 Lora = Annotated[str | None, typer.Option(help="A LoRA file, or the folder of a training run.")]
+LoraScale = Annotated[float, typer.Option("--lora-scale", help="How much of the LoRA: 1 all of it, 0 none.")]
 UserAdapter = Annotated[
     str | None, typer.Option("--user-adapter", help="A user adapter, or the folder of a run with train: user.")
 ]

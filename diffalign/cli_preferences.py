@@ -1,4 +1,7 @@
-"""The commands that make something of scores: `diffalign label` and `compare`. Registered by `diffalign.cli`."""
+"""The commands that say which pictures are better: `diffalign label`, `compare` and `judge`.
+
+Registered by `diffalign.cli`.
+"""
 
 from __future__ import annotations
 
@@ -87,4 +90,39 @@ def compare(
         asked = Asked(reward or [], weights or [], settings or [], prompt or [], prompts, engine, actors, batch_size,
                       device, attention)  # fmt: skip
         result = command.compare_pictures(a, b, asked, page)
+    show(result, as_json)
+
+
+def judge(
+    path: Annotated[str, typer.Argument(help="A folder that generate wrote, or pictures or a manifest as for score.")],
+    ask: Annotated[
+        str | None, typer.Option(help="best of each prompt (the default), order of all of them, or pairs.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="Who judges; the page asks if not given.")] = None,
+    db: Annotated[Path | None, typer.Option(help="Database of choices; beside the pictures if not given.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Serve nothing; write what was chosen as preferences, to a .jsonl file.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --export: one record per group, the mean of its judges.")
+    ] = False,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in the network judge as well.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 7860,
+    seed: Annotated[int, typer.Option(help="Of the places in which pictures are shown.")] = 0,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve a page on which people choose between the pictures of each prompt; write their choices as preferences."""
+    with working():
+        from diffalign.judging import command
+
+        place = command.Place(path, prompt or [], prompts, db, ask)
+        if merge and not export:
+            raise ValueError("--merge goes with --export: it is how choices are written, not how they are made")
+        if export:
+            result = command.export_choices(place, export, judge, merge)
+        else:
+            result = command.judge_pictures(place, command.Serving(judge, host, port, seed, browser))
     show(result, as_json)

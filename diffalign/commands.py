@@ -55,6 +55,7 @@ class Sampling:
     guidance_scale: float
     seed: int
     batch_size: int
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def draw_pictures(
     user = told.tokens()
     pipe = load_pipeline(model, device=device, attention=attention)
     if lora:
-        load_lora(pipe, lora)
+        load_lora(pipe, lora, scale=sampling.lora_scale)
     if told.adapter:
         load_user_adapter(pipe, told.adapter)
     texts = [prompt.text for prompt in prompts for _ in range(images_each)]
@@ -210,6 +211,7 @@ def compare_models(
             prompts,
             rewards,
             lora=lora,
+            lora_scale=sampling.lora_scale,
             user_adapter=told.adapter,
             user=user,
             seeds_per_prompt=seeds,

@@ -107,6 +107,8 @@ class RunConfig:
     logging_steps: int = 10
     validation_steps: int | None = None  # None: only before the first and after the last step
     early_stopping_patience: int | None = None  # stop after so many validations without a better held-out accuracy
+    reward_timeout: float | None = None  # seconds after which pictures count as without a score; null waits
+    reward_retries: int = 2  # further attempts at a reward that raises an error
     validation_batch_size: int = 16
     validation_prompts: list[str] = field(default_factory=list)  # pictures of these are drawn at each validation
     num_inference_steps: int = 20
@@ -240,7 +242,9 @@ def _check_ranges(config: RunConfig) -> None:
     for key in POSITIVE:
         if not getattr(config, key) > 0:
             raise ValueError(f"{key}: expected a number above 0, got {getattr(config, key)!r}")
-    for key in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon"):
+    if config.reward_timeout is not None and not config.reward_timeout > 0:
+        raise ValueError(f"reward_timeout: expected seconds above 0, or null to wait, got {config.reward_timeout!r}")
+    for key in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "reward_retries"):
         if getattr(config, key) < 0:
             raise ValueError(f"{key}: expected a number of at least 0, got {getattr(config, key)!r}")
     for key in ("seed", "validation_seed"):

@@ -2,15 +2,15 @@
 
 The network is built on the meta device and one picture is passed through it, forward and backward; everything else is
 multiplication. Exact: parameters, and FLOPs of matrix products, convolutions and attention. Counted but not complete:
-memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top; and time of
-methods that draw pictures, without the decoder and the rewards.
+memory, where the allocator's waste, the CUDA context (0.5 to 1 GB) and temporary buffers come on top; and memory and
+time of methods that draw pictures, without the decoder and the rewards, with or without their gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from diffalign.pipelines.architectures import (
     network_config,
 )
 from diffalign.reference import MOVING, POOL_SIZE
-from diffalign.table import build, split_section
+from diffalign.table import build
+from diffalign.work import work_of
 
 
 @dataclass(frozen=True)
@@ -51,52 +52,7 @@ CARDS: dict[str, Card] = {  # from the makers' data sheets
     "RTX 3060": Card(25, 12),
 }
 ADAM = 16  # bytes a trained parameter: fp32 weight and gradient, and Adam's two moments
-PICTURES = {"pairs": 2, "captioned_pairs": 2, "perturbed": 2, "winners": 1, "thumbs": 1, "prompts": 2, "lists": 4}
-# what a view has of one example, of lists as many as are usual; drawing and inverting pictures come on top
 USER_WIDTHS = {"clip": 3 * 768, "vlm": 3584}  # of a token, by embedder: CLIP ViT-L, a language model of 7B
-
-
-@dataclass(frozen=True)
-class Work:
-    """Of one example: pictures backpropagated at once and in all, and passes of one picture without gradient."""
-
-    at_once: int
-    trained: int
-    forwards: int
-
-
-def _drawing(method: Any, more: int = 0) -> Work:
-    """A pair, of which one picture (or a group, of which two stay) is drawn, and which is noised `reuse` times."""
-    walk = method.steps * (1 if method.guidance == 1 else 2) * getattr(method, "group", 1)
-    return Work(2, 2 * method.reuse, (2 + more) * method.reuse + walk)
-
-
-def _inverting(method: Any, asked: int) -> Work:
-    """A pair, each picture of which is walked half of the levels on average."""
-    return Work(2, 2, 2 + asked * (method.steps + 1))
-
-
-def _trajectories(method: Any) -> Work:
-    """A pair of which both trajectories are walked, as at the first visit; later ones are spared that."""
-    guidance = 1 if method.guidance == 1 else 2
-    walks = 2 * method.steps * (1 + method.renoise)
-    return Work(2, 2 * method.sampled * guidance, (2 * method.sampled + walks) * guidance)
-
-
-# of methods that do not take each picture of their view once through policy and reference
-WORK: dict[str, Callable[[Any], Work]] = {
-    "rankdpo": lambda method: Work(1, 4, 8),  # a list of four, one picture at a time, each seen twice by the policy
-    "kto": lambda method: Work(1, 1, 2),
-    "tkto": lambda method: Work(2, 2, 4),
-    "capo": lambda method: Work(2, 2, 2),  # the best and the worst of a list
-    "seppo": _drawing,
-    "spin": _drawing,
-    "online_dpo": _drawing,
-    "dro": lambda method: _drawing(method, more=1),  # the policy also says what its own walk's target is
-    "inpo": lambda method: _inverting(method, asked=1 + method.renoise),
-    "smpo": lambda method: _inverting(method, asked=2),  # ReNoise asks twice a step
-    "inversion_dpo": _trajectories,
-}
 
 
 @dataclass(frozen=True)
@@ -137,9 +93,7 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
                                                        bool(config.gradient_checkpointing))  # fmt: skip
     method = build(METHODS, config.method, what="method")
     compared = Need.REFERENCE in method.needs
-    pictures = PICTURES.get(split_section(method.view, "view")[0], 2)
-    plain = Work(pictures, pictures, pictures if compared else 0)
-    work = WORK[config.method_name](method) if config.method_name in WORK else plain
+    work = work_of(config.method_name, method)
     width = torch.finfo(dtype).bits / 8
     copy = 4 if config.reference_name == "frozen_copy" and full else width  # a full run's copy is fp32 as well
     memory = {
@@ -149,7 +103,7 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
         "reference": parameters * copy if compared and config.reference_name == "frozen_copy" else 0.0,
         "weights the reference keeps": 4.0 * trained * _kept_sets(config),
         "averaged weights": 4.0 * trained if config.ema_decay else 0.0,
-        "activations": float(kept * work.at_once * config.train_batch_size),
+        "activations": float(kept * min(work.at_once * config.train_batch_size, work.most)),
     }
     flops = work.trained * step + work.forwards * forward
     return Estimate(parameters, trained, forward, flops, {part: size for part, size in memory.items() if size})

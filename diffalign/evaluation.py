@@ -48,6 +48,7 @@ def evaluate(
     rewards: Reward,
     *,
     lora: str | Path | None = None,
+    lora_scale: float = 1.0,
     user_adapter: str | Path | None = None,
     user: torch.Tensor | None = None,
     seeds_per_prompt: int = 1,
@@ -68,6 +69,7 @@ def evaluate(
         prompts: with a category, where the report is to have one.
         rewards: one reward, or a `Weighted`, of which every term and the sum are reported.
         lora: file or folder of a LoRA; without it only the base is scored. It is taken off again at the end.
+        lora_scale: how much of it acts, at least 0.
         user_adapter, user: file or folder of a user adapter, and the tokens [N, D] of whom the aligned side draws for;
             alone or beside a LoRA.
         seed: draw s of prompt i has the seed `seed + i * seeds_per_prompt + s`.
@@ -85,7 +87,7 @@ def evaluate(
         raise ValueError("user_adapter and user go together: whom to draw for, and the adapter that knows how")
     texts = [draw.prompt.text for draw in draws]
     scores: dict[str, Scores] = defaultdict(lambda: defaultdict(lambda: [math.nan] * len(draws)))
-    with _new_folder(out) as folder, _attached(pipe, lora), _told(pipe, user_adapter):
+    with _new_folder(out) as folder, _attached(pipe, lora, lora_scale), _told(pipe, user_adapter):
         for batch in batches(texts, batch_size, rewards.card.compares):
             some = [draws[index] for index in batch]
             for side, off in _sides(pipe, aligned=lora is not None or user is not None):
@@ -98,6 +100,7 @@ def evaluate(
         settings = {
             "model": str(pipe.name),
             "lora": None if lora is None else str(lora),
+            "lora_scale": lora_scale,
             "user_adapter": None if user_adapter is None else str(user_adapter),
             "prompts": len(prompts),
             "seeds_per_prompt": seeds_per_prompt,
@@ -179,11 +182,11 @@ def _draws(prompts: Sequence[Prompt | str], seeds_per_prompt: int, seed: int) ->
 
 
 @contextlib.contextmanager
-def _attached(pipe: LatentPipeline, lora: str | Path | None) -> Iterator[None]:
+def _attached(pipe: LatentPipeline, lora: str | Path | None, scale: float) -> Iterator[None]:
     if lora is None:
         yield
         return
-    load_lora(pipe, lora, adapter=ADAPTER)
+    load_lora(pipe, lora, adapter=ADAPTER, scale=scale)
     try:
         yield
     finally:

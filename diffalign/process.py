@@ -25,8 +25,10 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; to a GPU without waiting for what it is still busy with."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on the device; to a GPU without waiting for what it is still busy with. It may be there already."""
+    if device.type != "cuda" or tensor.device.type != "cpu":  # only what is in the machine's own memory can be pinned
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class NoiseProcess(ABC):
@@ -198,11 +200,11 @@ def target(kind: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> 
 
 
 def endpoints(kind: str, y: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Endpoints:
-    """Solves y = p x0 + q eps and x_t = alpha x0 + sigma eps for (x0, eps); fp32. alpha, sigma: [B].
+    """Solves y = p x0 + q eps and x_t = alpha x0 + sigma eps for (x0, eps); fp32, or fp64. alpha, sigma: [B].
 
     det = alpha q - sigma p;  x0 = (q x_t - sigma y) / det;  eps = (alpha y - p x_t) / det
     """
-    y, x_t = y.float(), x_t.float()
+    y, x_t = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (y, x_t))
     p, q = (per_sample(c, x_t) for c in PARAMETRIZATIONS[kind](alpha, sigma))
     alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
     det = alpha * q - sigma * p

@@ -99,18 +99,24 @@ def none() -> MakeReference:
     return lambda pipe: None
 
 
-def ema(decay: float = 0.995, every: int = 1) -> MakeReference:
+def ema(decay: float = 0.995, every: int = 1, rise: float | None = None) -> MakeReference:
     """An exponential moving average of the policy, updated every so many steps.
 
+    With `rise` the decay is rise * (number of updates) until it reaches `decay`: a policy that draws for itself may
+    follow quickly at first (DiffusionNFT).
+
     Raises:
-        ValueError: a decay outside [0, 1], or `every` below 1.
+        ValueError: a decay outside [0, 1], `every` below 1, or a `rise` that is not above 0.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"reference.decay: expected a number in [0, 1], got {decay}")
+    if rise is not None and not rise > 0:
+        raise ValueError(f"reference.rise: expected a number above 0, or leave it out, got {rise}")
 
-    def move(kept: Weights, policy: Weights) -> None:
+    def move(kept: Weights, policy: Weights, step: int) -> None:
+        now = decay if rise is None else min(decay, rise * (step // every))
         for name, value in policy.items():
-            kept[name].lerp_(value, 1 - decay)
+            kept[name].lerp_(value, 1 - now)
 
     when = _every(every)
     return lambda pipe: Following(pipe, when, move)
@@ -203,7 +209,7 @@ class Following:
     """One set of kept weights, which `move` brings up to the policy's whenever `when` says so."""
 
     def __init__(
-        self, pipe: LatentPipeline, when: Callable[[int], bool], move: Callable[[Weights, Weights], None]
+        self, pipe: LatentPipeline, when: Callable[[int], bool], move: Callable[[Weights, Weights, int], None]
     ) -> None:
         self.pipe, self.when, self.move = pipe, when, move
         self.parameters = trained_weights(pipe)
@@ -216,7 +222,7 @@ class Following:
 
     def after_step(self, step: int) -> None:
         if self.when(step):
-            self.move(self.kept, {name: p.detach() for name, p in self.parameters.items()})
+            self.move(self.kept, {name: p.detach() for name, p in self.parameters.items()}, step)
 
     def tensors(self) -> Weights:
         return self.kept
@@ -269,7 +275,7 @@ def _every(every: int) -> Callable[[int], bool]:
     return lambda step: step % every == 0
 
 
-def _replace(kept: Weights, policy: Weights) -> None:
+def _replace(kept: Weights, policy: Weights, step: int) -> None:
     for name, value in policy.items():
         kept[name].copy_(value)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from diffalign.config import RunConfig
-from diffalign.methods.base import Method, Need
+from diffalign.episodes import Replays
+from diffalign.methods.base import Method, Need, updates_of
 from diffalign.reference import MOVING
 
 # what the trainer can give a method
-SERVED = {Need.PAIRS, Need.REFERENCE, Need.FIXED_REFERENCE, Need.PROMPTS, Need.REWARD, Need.SNAPSHOTS, Need.USERS}
+SERVED = {Need.PAIRS, Need.REFERENCE, Need.FIXED_REFERENCE, Need.PROMPTS, Need.REWARD, Need.REWARD_GRADIENT,
+          Need.SNAPSHOTS, Need.USERS, Need.BASE, Need.COMPARISON}  # fmt: skip
 
 
 def refuse(config: RunConfig, method: Method) -> None:
@@ -27,7 +29,17 @@ def refuse(config: RunConfig, method: Method) -> None:
     if (config.train == "user") != (Need.USERS in method.needs):
         raise ValueError(f"train: user and a method that is told of users go together, such as ppd; got train: "
                          f"{config.train} and method {config.method_name!r}")  # fmt: skip
-    if Need.REWARD in method.needs and not config.rewards:
+    if Need.BASE in method.needs and config.train != "lora":
+        raise ValueError(f"method {config.method_name!r} compares with the base model under a LoRA: set train: lora")
+    if isinstance(method, Replays) and config.lora.dropout:
+        raise ValueError(f"lora.dropout: expected 0 with method {config.method_name!r}, which replays steps on the "
+                         f"network that walked them, got {config.lora.dropout}")  # fmt: skip
+    updates = updates_of(method)
+    for key in ("max_train_steps", "checkpointing_steps"):
+        if getattr(config, key) % updates:
+            raise ValueError(f"{key}: expected a multiple of method.updates, which is {updates}, since a rollout is "
+                             f"not kept in checkpoints; got {getattr(config, key)}")  # fmt: skip
+    if {Need.REWARD, Need.REWARD_GRADIENT} & method.needs and not config.rewards:
         raise ValueError(f"method {config.method_name!r} scores what it draws: set rewards, such as {{shapes: 1.0}}")
     if Need.FIXED_REFERENCE in method.needs and config.reference_name in MOVING:
         raise ValueError(f"method {config.method_name!r} needs a reference that stays as it is, and "
@@ -45,7 +57,7 @@ def refuse(config: RunConfig, method: Method) -> None:
                          f"or frozen_copy for train: full")  # fmt: skip
     if config.train == "full" and Need.REFERENCE in method.needs and config.reference_name == "adapter_off":
         raise ValueError("train: full has no adapter to switch off: set reference: {name: frozen_copy}")
-    if config.rewards and not config.validation_prompts and Need.REWARD not in method.needs:
+    if config.rewards and not config.validation_prompts and not {Need.REWARD, Need.REWARD_GRADIENT} & method.needs:
         raise ValueError("rewards are measured on pictures of validation_prompts, and there are none: set some")
     if config.train != "lora" and config.init_lora:
         raise ValueError(

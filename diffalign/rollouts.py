@@ -6,6 +6,7 @@ looks at a picture; `Run.score` does the latter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.at_once < 1:
             raise ValueError(f"method.steps, at_once: expected at least 1, got {self.steps}, {self.at_once}")
-        if self.guidance < 0 or not 0 <= self.eta <= 1:
+        if not 0 <= self.guidance < math.inf or not 0 <= self.eta <= 1:
             raise ValueError(f"method.guidance, eta: expected a scale of at least 0 and an eta in [0, 1], got "
                              f"{self.guidance}, {self.eta}")  # fmt: skip
 

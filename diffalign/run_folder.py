@@ -28,8 +28,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def claim_folder(folder: Path, config: RunConfig) -> Path | None:
+def claim_folder(folder: Path, config: RunConfig, trains_on_rewards: bool) -> Path | None:
     """Makes the run's folder and writes its config there; returns the checkpoint to go on from, if any.
+
+    Rewards that only measure may change when a run goes on, those that it `trains_on_rewards` may not.
 
     Raises:
         ValueError: the folder holds another run, or the run that is continued had another config.
@@ -40,7 +42,8 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
         if config.resume_from_checkpoint is None:
             raise ValueError(f"{folder} already holds a run: go on with it by resume_from_checkpoint=latest, "
                              f"or choose another output_dir")  # fmt: skip
-        _same_run(as_dict(resolve_config(yaml.safe_load(stored.read_text()))), as_dict(config), folder)
+        free = FREE_ON_RESUME - ({"rewards"} if trains_on_rewards else set())
+        _same_run(as_dict(resolve_config(yaml.safe_load(stored.read_text()))), as_dict(config), folder, free)
     elif config.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(f"{folder} holds no run to go on with ({RESUMED_CONFIG} is missing)")
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +51,8 @@ def claim_folder(folder: Path, config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    different = [key for key in new if key not in FREE_ON_RESUME and old.get(key) != new[key]]
+def _same_run(old: dict[str, Any], new: dict[str, Any], folder: Path, free: set[str]) -> None:
+    different = [key for key in new if key not in free and old.get(key) != new[key]]
     if different:
         key = different[0]
         raise ValueError(f"{folder} holds a run with another {', '.join(different)} ({key}: {old.get(key)!r} there, "

@@ -83,6 +83,7 @@ def sample(
     grad_steps: Container[int] = (),
     checkpoint: bool = False,
     record: bool = False,
+    store: torch.dtype | None = None,
 ) -> Trajectory:
     """Walks x [B, ...] along `times` [N+1] (towards the picture, or towards noise: inversion).
 
@@ -92,6 +93,8 @@ def sample(
         grad_steps: indices of the steps to differentiate; the others run under no_grad. range(N) is all of them.
         checkpoint: recompute the differentiated steps in the backward pass instead of keeping their activations.
         record: keep states and log-probabilities for replay.
+        store: round every state to this type before it is judged and walked on from, so that what is kept in it is
+            what was walked: the log-probability of an unrounded state is off by as much as published clip ranges.
 
     Raises:
         ValueError: fewer than two times, or a number of generators that is not the batch size.
@@ -106,6 +109,7 @@ def sample(
             now, then = t.expand(len(x)), s.expand(len(x))
             law = _law(step, x, now, then, checkpoint and torch.is_grad_enabled())
             x = law.sample(None if generators is None else draw(x.shape[1:], generators, x))
+            x = x if store is None else x.to(store).to(law.mean.dtype)
         if record:
             states.append(x)
             log_probs.append(law.log_prob(x))

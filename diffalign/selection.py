@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol, final
 import torch
 from torch import Tensor
 
-from diffalign.data.views import Example
+from diffalign.data.example import Example
 
 SELECTIONS: dict[str, str] = {
     "all": "diffalign.selection:Everything",

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, patch_environment
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from diffalign.batches import Batches
 from diffalign.cache import Cache
@@ -23,7 +24,7 @@ from diffalign.data.views import view_of
 from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method, Need, Score, no_reward
+from diffalign.methods.base import Method, Need, RewardGradient, no_reward
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
@@ -36,6 +37,7 @@ from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.run_folder import RESUMED_CONFIG, claim_folder
+from diffalign.scores import Background, Score, Scores, joined, scores_of, unscored
 from diffalign.selection import SELECTIONS, Chooser
 from diffalign.table import build
 from diffalign.users import known_users, parse_users
@@ -44,6 +46,7 @@ from diffalign.validation import DrawSamples, sample_drawer
 log = logging.getLogger("diffalign")
 
 Result = TypeVar("Result")
+REWARDED = frozenset({Need.REWARD, Need.REWARD_GRADIENT})
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Prepared:
     data: Batches
     draw_samples: DrawSamples
     score: Score
+    reward_gradient: RewardGradient
     checkpoint: Path | None
 
 
@@ -79,7 +83,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     accelerator = make_accelerator(resolved, folder)
     refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     refuse_launch(resolved, accelerator)
-    checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved))
+    checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved, bool(REWARDED & method.needs)))
     try:
         return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
     except ValueError:
@@ -113,7 +117,9 @@ def _prepare_claimed(
         pipe.process.training_times(1, torch.Generator(), low, high)  # refuses a range without any, before the cache
     data = replace(cached(pipe, examples, resolved, accelerator, chooser), users=users)
     draw_samples = sample_drawer(pipe, data.cache, resolved, accelerator, users)
-    score = scorer(pipe, resolved, accelerator.device) if Need.REWARD in method.needs else no_reward
+    score, gradient = (
+        scorer(pipe, resolved, method, accelerator.device) if REWARDED & method.needs else (no_reward, no_reward)
+    )
     pipe.release()
     dealt_out = in_shards(accelerator) or with_deepspeed(accelerator)  # what one rank then holds is not estimated
     budget = None if dealt_out else memory_budget(resolved, accelerator.device)
@@ -134,6 +140,7 @@ def _prepare_claimed(
         data,
         draw_samples,
         score,
+        gradient,
         checkpoint,
     )
 
@@ -146,18 +153,46 @@ def read_examples(config: RunConfig, method: Method) -> Examples:
     return examples
 
 
-def scorer(pipe: LatentPipeline, config: RunConfig, device: torch.device) -> Score:
-    """The run's rewards of latents; it keeps the VAE alive."""
+def scorer(
+    pipe: LatentPipeline, config: RunConfig, method: Method, device: torch.device
+) -> tuple[Score, RewardGradient]:
+    """(the run's rewards of latents, asked in a thread of their own; the same with a gradient). Keeps the VAE alive."""
     rewards, decode = load_rewards(config.rewards, device=device), pipe.decoder()
+    weights = rewards.weights
+    if Need.REWARD_GRADIENT in method.needs and not rewards.card.differentiable:
+        black_box = [name for name, one in rewards.rewards.items() if weights[name] and not one.card.differentiable]
+        raise ValueError(f"method {config.method_name!r} needs rewards with a gradient, and {', '.join(black_box)} has "
+                         f"none: take one such as clip, pickscore or imagereward, or a method that asks for scores "
+                         f"alone, such as ddpo, grpo, d3po, prdp or nft")  # fmt: skip
+    if Need.COMPARISON in method.needs and not any(r.card.compares for n, r in rewards.rewards.items() if weights[n]):
+        raise ValueError(f"method {config.method_name!r} learns from shares of wins, and none of the rewards compares "
+                         f"the pictures of a prompt: set rewards: {{winrate: {{...}}}}, or take grpo")  # fmt: skip
 
     @torch.no_grad()
-    def score(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(latents: Tensor, prompts: Sequence[str]) -> Scores:
         with preferring(config.attention):
             # few at a time, as a VAE needs; the rewards see them all, since some compare the pictures of a prompt
             parts = [decode(part).clamp(0, 1).float().cpu() for part in latents.split(config.validation_batch_size)]
-            return rewards(to_pictures(torch.cat(parts)), list(prompts)).to(latents.device)
+            rewards(to_pictures(torch.cat(parts)), list(prompts))
+            return scores_of({name: term.float().to(latents.device) for name, term in rewards.terms.items()}, weights)
 
-    return score
+    @torch.enable_grad()
+    def gradient(latents: Tensor, prompts: Sequence[str]) -> tuple[Scores, Tensor]:
+        found: list[Scores] = []
+        slopes: list[Tensor] = []
+        with preferring(config.attention):
+            for start in range(0, len(latents), config.validation_batch_size):
+                rows = slice(start, start + config.validation_batch_size)
+                leaf = latents[rows].detach().float().requires_grad_()
+                pixels = recompute(decode, leaf, use_reentrant=False).clamp(0, 1)
+                total = rewards(pixels, list(prompts)[rows])
+                slopes.append(torch.autograd.grad(total.sum(), leaf)[0])
+                found.append(scores_of({name: term.float() for name, term in rewards.terms.items()}, weights))
+        return joined(found), torch.cat(slopes)
+
+    background = Background(score, lambda latents, prompts: unscored(latents, weights), config.reward_timeout,
+                            config.reward_retries)  # fmt: skip
+    return background.submit, gradient
 
 
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:

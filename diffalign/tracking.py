@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -171,6 +171,30 @@ class DisplacementAlarm:
                 "Lower the learning rate, raise beta, or anchor the winner (method.sft_weight, method.dpop_weight).",
                 self.above, self.average,
             )  # fmt: skip
+
+
+@final
+class RewardAlarm:
+    """Warns once of pictures without a score, and once when rewards have told no pictures apart for some steps."""
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience, self.row, self.told = patience, 0, set[str]()
+
+    def update(self, missing: float, same: float) -> None:
+        """Shares of a step's pictures: those without a score, and those whose prompt's pictures all got the same."""
+        if missing > 0:
+            self._tell("missing", f"rewards: {missing:.0%} of a step's pictures have no score and are left out; the "
+                                  f"log counts them as missing")  # fmt: skip
+        self.row = self.row + 1 if same == 1 else 0
+        if self.row >= self.patience:
+            self._tell("same", f"rewards: for {self.row} steps all pictures of each prompt have got the same score, so "
+                               f"there was nothing to learn; look at the reward (a constant one?), draw more pictures "
+                               f"(method.group), or take other prompts")  # fmt: skip
+
+    def _tell(self, what: str, text: str) -> None:
+        if what not in self.told:
+            self.told.add(what)
+            log.warning("%s", text)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

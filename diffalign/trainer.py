@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from diffalign.distributed import (
 )
 from diffalign.ema import Best, Ema
 from diffalign.graphs import graphed
-from diffalign.methods.base import Batch, Method, Noised, Run
+from diffalign.methods.base import Batch, Method, Noised, Run, updates_of
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.lora import without_adapters
 from diffalign.recall import recalling
 from diffalign.reference import evaluating
 from diffalign.resuming import restore, save
@@ -44,7 +45,7 @@ from diffalign.schedules import learning_rate
 from diffalign.seeds import mix
 from diffalign.selection import Chooser
 from diffalign.startup import Prepared, adamw, prepare_run
-from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, SkippedSteps, peak_memory
+from diffalign.tracking import Averages, DisplacementAlarm, MetricsFile, Pace, RewardAlarm, SkippedSteps, peak_memory
 from diffalign.validation import check_identity, held_out_metrics, logits
 
 log = logging.getLogger("diffalign")
@@ -79,10 +80,13 @@ class Trainer:
         self.method: Method = prepared.method
         self.draw_samples = prepared.draw_samples
         self.pipe: LatentPipeline = prepared.pipe
-        self.data, self.score = prepared.data, prepared.score
+        self.data, self.score, self.reward_gradient = prepared.data, prepared.score, prepared.reward_gradient
+        self.updates = updates_of(self.method)
+        self.kept: dict[int, Any] = {}  # rollouts that several steps learn from, by microbatch
         self.folder = prepared.folder
         self.accelerator: Accelerator = prepared.accelerator
         self.reference = prepared.make_reference(self.pipe)
+        self.base = without_adapters(self.pipe) if self.config.train == "lora" else None
         self.recall = recalling(self.config, self.reference, in_shards(self.accelerator))
         # DDP's hooks live in the wrapper, so the policy calls that; the reference, without gradient, calls the module
         wrapped = copy.copy(self.pipe)
@@ -94,7 +98,7 @@ class Trainer:
         self.parameters = list(self.trained.values())
         self.step, self.ema = 0, Ema(self.trained, self.config.ema_decay)
         self.best = Best(self.trained, self.config.early_stopping_patience)
-        self.averages, self.alarm = Averages(), DisplacementAlarm()
+        self.averages, self.alarm, self.reward_alarm = Averages(), DisplacementAlarm(), RewardAlarm()
         self.skipped, self.pace = SkippedSteps(self.accelerator.device), Pace()
         self.recorded: dict[int, Callable[[Noised], dict[str, Tensor]]] = {}
         self.last: dict[str, float] = {}
@@ -106,7 +110,6 @@ class Trainer:
     def fit(self) -> RunResult:
         """Runs to max_train_steps, or to a SIGTERM, which saves and returns with interrupted=True."""
         if self.step == 0:
-            self._check_identity()
             self._validate()
         stopping, last = False, self.config.max_train_steps
         bar = progress_bar("training", last, done=self.step, hidden=not self._main)
@@ -114,7 +117,8 @@ class Trainer:
             while self.step < last and not stopping and not self.best.over:
                 self._train_step()
                 advance(1, self._shown())
-                stopping = self._asked_to_stop(received)
+                # a rollout that several steps learn from is not kept in checkpoints
+                stopping = self._asked_to_stop(received) and self.step % self.updates == 0
                 self._after_step(last=stopping or self.step == last)
         if self.best.over:
             log.info("stopped at step %d: no validation was better than that at step %d", self.step, self.best.step)
@@ -130,9 +134,7 @@ class Trainer:
             group["lr"] = config.learning_rate * learning_rate(config, self.step)
         finite = []
         for micro in range(config.gradient_accumulation_steps):
-            last = micro + 1 == config.gradient_accumulation_steps
-            with exchange(self.accelerator, self.wrapper, last):
-                finite += self._backward(micro)
+            finite += self._backward(micro)
         norm = clip(self.accelerator, self.optimizer, self.parameters, config.max_grad_norm)
         # with fp16 gradients overflow while the scaler looks for its scale, and it skips those steps itself
         judged = finite if self.accelerator.scaler else [*finite, norm.isfinite()]
@@ -155,15 +157,18 @@ class Trainer:
         # counted over ranks, so that n ranks draw what one process draws in n times as many microbatches
         seed = mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
-        run = self._run(self.policy, seed)
+        run = replace(self._run(self.policy, seed), held=partial(self._held, micro))
         finite = []
         with accelerator.autocast():
             with torch.no_grad(), evaluating(self.wrapper):
                 batches = self.method.prepare(run, self._batch(micro, run.generator))
+            if self.step == micro == 0:
+                check_identity(config, self.method, run, batches[0])
             for number, batch in enumerate(batches, 1):
                 ends = micro + 1 == config.gradient_accumulation_steps and number == len(batches)
                 announce(accelerator, self.wrapper, last=ends)
-                values = self._learning(run, len(batches) * config.gradient_accumulation_steps)(batch)
+                with exchange(accelerator, self.wrapper, ends):
+                    values = self._learning(run, len(batches) * config.gradient_accumulation_steps)(batch)
                 time = values.pop("time")
                 finite.append(values["loss"].mean().isfinite())
                 self.averages.add(values, time)
@@ -185,14 +190,24 @@ class Trainer:
 
     def _batch(self, micro: int, generator: torch.Generator) -> Batch:
         config, accelerator = self.config, self.accelerator
-        number = self.step * config.gradient_accumulation_steps + micro
+        number = self.step // self.updates * config.gradient_accumulation_steps + micro
         number = number * accelerator.num_processes + accelerator.process_index
         return self.data.batch(number, generator, config.prompt_dropout, accelerator.device, self.step)
 
     def _run(self, policy: Policy, seed: int) -> Run:
-        generator = torch.Generator().manual_seed(seed)
-        return Run(policy, self.reference, self.pipe.process, self.pipe.parametrization, generator, self._times,
-                   self.score, self._mean, self.step, self.recall, self.accelerator.num_processes > 1)  # fmt: skip
+        return Run(
+            policy, self.reference, self.pipe.process, self.pipe.parametrization,
+            torch.Generator().manual_seed(seed), times=self._times, score=self.score,
+            reward_gradient=self.reward_gradient, gather=self.accelerator.gather, base=self.base, mean=self._mean,
+            same=self.step == 0 and not self._starts_apart, step=self.step, remember=self.recall,
+            together=self.accelerator.num_processes > 1,
+        )  # fmt: skip
+
+    def _held(self, micro: int, updates: int, draw: Callable[[], Any]) -> Any:
+        """What this microbatch drew at the first of so many updates on it."""
+        if self.step % updates == 0 or micro not in self.kept:
+            self.kept[micro] = draw()
+        return self.kept[micro] if updates > 1 else self.kept.pop(micro)
 
     def _times(self, steps: int) -> Tensor:
         return self.pipe.times(steps).to(self.accelerator.device)
@@ -206,6 +221,9 @@ class Trainer:
         for metrics in self.averages.read():
             if "d_w" in metrics:
                 self.alarm.update(metrics["d_w"].mean().item())
+            if "missing" in metrics:
+                missing, same = (metrics[n].mean().item() if n in metrics else 0.0 for n in ("missing", "same"))
+                self.reward_alarm.update(missing, same)
         self.skipped.read(self.step, self.config.max_nonfinite_steps)
 
     def _after_step(self, last: bool) -> None:
@@ -230,11 +248,6 @@ class Trainer:
             self.pace = Pace(self.step)
 
     # -- what is asserted, measured and written ------------------------------------------------------------------
-
-    def _check_identity(self) -> None:
-        run = self._run(self.policy, self.config.seed)
-        with self.accelerator.autocast():
-            check_identity(self.config, self.method, run, self._batch(0, run.generator))
 
     def _validate(self) -> None:
         """Held-out pairs with fixed noise, and pictures of fixed prompts and seeds."""
@@ -280,6 +293,11 @@ class Trainer:
     @property
     def _main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def _starts_apart(self) -> bool:
+        """Whether the run begins with a LoRA that its reference does not have."""
+        return bool(self.config.init_lora) and self.config.reference_name == "adapter_off"
 
     @property
     def _reading_is_free(self) -> bool:

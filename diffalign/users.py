@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffalign.data.example import Example
 from diffalign.data.examples import Examples
-from diffalign.data.views import Example
 from diffalign.table import Section, bind, build, coerce, split_section
+from diffalign.writing import replacing
 
 log = logging.getLogger("diffalign")
 
@@ -171,11 +171,9 @@ def embed_user(shots: Sequence[Shot], section: Section = "clip", device: torch.d
 
 def save_user(file: Path, tokens: Tensor, facts: Mapping[str, Any] | None = None) -> Path:
     """Writes tokens [N, D] to one safetensors file, in one piece; returns the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    save_file({"user": tokens.detach().float().cpu().contiguous()}, partial,
-              metadata={"diffalign": json.dumps(dict(facts or {}), sort_keys=True)})  # fmt: skip
-    os.replace(partial, file)
+    metadata = {"diffalign": json.dumps(dict(facts or {}), sort_keys=True)}
+    with replacing(file) as partial:
+        save_file({"user": tokens.detach().float().cpu().contiguous()}, partial, metadata=metadata)
     return file
 
 

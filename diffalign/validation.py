@@ -14,8 +14,9 @@ from torch import Tensor
 from diffalign.cache import Cache
 from diffalign.config import RunConfig
 from diffalign.distributed import gathered_rows, in_turns, own_rows
+from diffalign.episodes import Replays
 from diffalign.generation import sample_latents
-from diffalign.methods.base import Batch, Method, Need, Run
+from diffalign.methods.base import Batch, Method, Need, Noised, Run
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled
@@ -31,26 +32,26 @@ log = logging.getLogger("diffalign")
 DrawSamples = Callable[[LatentPipeline, Path], dict[str, float]]
 
 
-def check_identity(config: RunConfig, method: Method, run: Run, batch: Batch) -> None:
+@torch.no_grad()
+def check_identity(config: RunConfig, method: Method, run: Run, noised: Noised) -> None:
     """Policy and reference are the same weights before the first step: they must say the same, to the bit in fp32.
 
     Compiled they are two programs, which round differently. Skipped, and said so, with `init_lora` or another reference
-    than the same weights.
+    than the same weights. A rollout's replay must give the log-probability that the rollout had.
 
     Raises:
         RuntimeError: by how much they differ, and the usual causes.
         ValueError: a selection by margin of a method that has none.
     """
-    _refuse_without_logit(config, method, run, batch)
+    _refuse_without_logit(config, method, run, noised)
+    check_replay(config, method, run, noised)
     if run.reference is None or Need.REFERENCE not in method.needs:
         return
     if config.init_lora and config.reference_name == "adapter_off":
         log.info("step-0 identity not checked: init_lora starts away from the reference")
         return
-    with torch.no_grad():
-        noised = method.prepare(run, batch)[0]
-        theirs = run.reference(noised.x_t, noised.t, noised.condition)
-    ours = run.policy(noised.x_t, noised.t, noised.condition).detach()
+    theirs = run.reference(noised.x_t, noised.t, noised.condition)
+    ours = run.policy(noised.x_t, noised.t, noised.condition)
     difference = (ours - theirs).square().mean().sqrt().item()
     scale = theirs.square().mean().sqrt().item()
     allowed = scale * (1e-2 if config.mixed_precision != "no" else 1e-5 if config.compile else 0.0)
@@ -63,11 +64,30 @@ def check_identity(config: RunConfig, method: Method, run: Run, batch: Batch) ->
     log.info("step-0 identity holds: policy and reference differ by %.3g rms (allowed %.3g)", difference, allowed)
 
 
-@torch.no_grad()
-def _refuse_without_logit(config: RunConfig, method: Method, run: Run, batch: Batch) -> None:
+def check_replay(config: RunConfig, method: Method, run: Run, noised: Noised) -> None:
+    """The ratio of a replayed step to the rollout is 1 before the first update.
+
+    Raises:
+        RuntimeError: by how much it is not, and the usual causes.
+    """
+    if not isinstance(method, Replays):
+        return
+    new = method.explorer.law(run, run.policy, noised).log_prob(noised.y)
+    off = (new - noised.aux["log_prob"]).expm1().abs().max().item()
+    allowed = 1e-3 if config.mixed_precision != "no" or config.compile else 1e-6
+    if not off <= allowed:
+        raise RuntimeError(
+            f"replay: before the first update a step's ratio to its rollout must be 1, and it is off by {off:.3g} "
+            f"(allowed {allowed:.3g}). Usual causes: dropout, a network that rounds otherwise in batches of another "
+            f"size, or a guidance that differs between rollout and replay"
+        )
+    log.info("replay holds: ratios to the rollout are 1 to %.3g (allowed %.3g)", off, allowed)
+
+
+def _refuse_without_logit(config: RunConfig, method: Method, run: Run, noised: Noised) -> None:
     if config.selection["name"] != "margin":
         return
-    if "h" not in method.loss(run, method.prepare(run, batch)[0]).metrics:
+    if "h" not in method.loss(run, noised).metrics:
         raise ValueError(f"selection: margin goes by the logit h of pairs, and method {config.method_name!r} has none: "
                          f"set selection: {{name: all}}, or a method of pairs such as dpo")  # fmt: skip
 

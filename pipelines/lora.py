@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -71,12 +72,18 @@ def trainable_in_fp32(pipe: LatentPipeline) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", trainable: bool = False) -> None:
+def load_lora(
+    pipe: LatentPipeline, path: str | Path, adapter: str = "default", trainable: bool = False, scale: float = 1.0
+) -> None:
     """Loads a LoRA file or folder for the network (text-encoder parts are refused), frozen unless `trainable`.
 
+    scale: how much of it acts, at least 0; 0 is the base model, and a part of it undoes a part of what was learned.
+
     Raises:
-        ValueError: what `check_lora` refuses.
+        ValueError: what `check_lora` refuses, or a scale that is none.
     """
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"LoRA scale: expected a number of at least 0, got {scale}")
     file = check_lora(pipe, path)
     try:
         pipe.network.load_lora_adapter(str(file.parent), prefix=pipe.lora_prefix, adapter_name=adapter,
@@ -86,6 +93,8 @@ def load_lora(pipe: LatentPipeline, path: str | Path, adapter: str = "default", 
     if adapter not in getattr(pipe.network, "peft_config", {}):
         raise ValueError(f"{file}: holds no weights with prefix {pipe.lora_prefix!r}; it was made for another network")
     fuse_lora_layers(pipe.network)
+    if scale != 1:
+        pipe.network.set_adapters([adapter], [scale])
     for name, parameter in pipe.network.named_parameters():
         parameter.requires_grad_(trainable and f".{adapter}." in name)
 

@@ -34,6 +34,7 @@ REWARDS: dict[str, str] = {
     "vlm": "diffalign.rewards.judge:VLM",
     "vqascore": "diffalign.rewards.vqascore:VQAScore",
     "winrate": "diffalign.rewards.pairwise:WinRate",
+    "human": "diffalign.rewards.human:Human",
 }
 CLIPS: dict[str, str] = {"clips": "diffalign.rewards.clips:Frames"}
 

@@ -2,7 +2,8 @@
 
 A plain weighted sum is `diffalign.rewards.base.Weighted`. Here a group is the pictures of one prompt; `groups` [B]
 holds an integer per picture that is the same within a group. Standard deviations are of the population, without
-Bessel's correction.
+Bessel's correction. What training takes, with pictures that lack a score and with statistics over ranks, is in
+`diffalign.advantages`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffalign.advantages import dominated
 
 SPREAD = 1e-6  # a group whose scores spread by less says nothing
 # ReNO (arXiv 2406.04312, arguments.py and rewards/*.py of its code): reward -> (weight, offset)
@@ -147,11 +150,10 @@ def reference_quantile(scores: Tensor, quantile: float = 0.85) -> Tensor:
 def non_dominated(scores: Tensor) -> Tensor:
     """bool [B] of scores [K, B]: pictures that no other one equals everywhere and beats somewhere (Parrot, 2401.05675).
 
-    It only selects in large pools: of 24 pictures and 4 independent rewards half are not dominated, of 256 a sixth.
+    It only selects in large pools: of 24 pictures and 4 independent rewards half are not dominated, of 256 a sixth. A
+    picture that lacks a score is not among them.
     """
-    at_least = (scores[:, :, None] >= scores[:, None, :]).all(0)  # [i, j]: i is nowhere worse than j
-    better = (scores[:, :, None] > scores[:, None, :]).any(0)
-    return ~(at_least & better).any(0)
+    return ~dominated(scores.T, scores.T)
 
 
 def uncertainty_weighted(loss: Tensor, uncertainty: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.answers import Asker, in_order
+from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Card, Images, dispatch
 from diffalign.rewards.judge import load_asker
 from diffalign.rewards.judge_parse import PAIR_PARSERS
@@ -28,7 +29,10 @@ from diffalign.rewards.judge_templates import load_template
 from diffalign.rewards.missing import MISSING, tell_missing
 from diffalign.table import build
 
-PREFERENCES: dict[str, str] = {"vlm": "diffalign.rewards.pairwise:VLMPreference"}
+PREFERENCES: dict[str, str] = {
+    "vlm": "diffalign.rewards.pairwise:VLMPreference",
+    "reward": "diffalign.rewards.pairwise:RewardPreference",
+}
 TIE = 0.5
 
 log = logging.getLogger(__name__)
@@ -95,6 +99,34 @@ class VLMPreference:
 
 
 @final
+class RewardPreference:
+    """Rewards as a judge of pairs: the picture with the larger weighted sum wins.
+
+    Args:
+        rewards: as in a run's `rewards`: {"pickscore": 1.0}.
+        margin: a smaller difference than this is a tie, in the sum's unit.
+        device: where they live.
+
+    Raises:
+        ValueError: rewards that are not to be had, or a negative margin.
+    """
+
+    workers: ClassVar[int] = 1
+
+    def __init__(self, *, rewards: Mapping[str, Any], margin: float = 0.0, device: torch.device | str = "cpu") -> None:
+        if not margin >= 0:
+            raise ValueError(f"preference.margin: expected a number of at least 0, got {margin}")
+        self.rewards, self.margin = load_rewards(rewards, device=device), margin
+
+    def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
+        """1 if `a` is better, 0 if `b` is, 0.5 for a tie, NaN where one has no score."""
+        first, second = self.rewards([a, b], [prompt] * 2).tolist()
+        if math.isnan(first) or math.isnan(second):
+            return MISSING
+        return TIE if abs(first - second) <= self.margin else float(first > second)
+
+
+@final
 class WinRate:
     """The share of wins against the other pictures of the same prompt within the call.
 
@@ -103,8 +135,8 @@ class WinRate:
     is alone with its prompt; `reasons` says why, of the latest call.
 
     Args:
-        preference: a section {"judge": {...}} of `VLMPreference`, with a `name` of another one (dotted path), or an
-            object with `prefer`.
+        preference: a section {"judge": {...}} of `VLMPreference`, one with a `name`: reward for `RewardPreference`, or
+            a dotted path, or an object with `prefer`.
         device: of a judge that runs here.
 
     Raises:

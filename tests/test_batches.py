@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diffalign.batches import epoch_batches
+from diffalign.batches import Order, epoch_batches
 
 MIXED = ((64, 64),) * 11 + ((48, 96),) * 5 + ((96, 48),) * 2
 
@@ -25,9 +25,19 @@ def test_every_epoch_has_as_many_batches_so_a_number_alone_finds_one() -> None:
 
 def test_the_order_follows_from_seed_and_epoch() -> None:
     found = {(seed, epoch): epoch_batches(MIXED, 2, seed, epoch) for seed in (0, 7) for epoch in range(3)}
-    epoch_batches.cache_clear()
     assert all(epoch_batches(MIXED, 2, *key) == batches for key, batches in found.items())
     assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize("chosen", [None, tuple(range(3, 17))])
+def test_a_batch_follows_from_its_number_whatever_was_asked_before(chosen: tuple[int, ...] | None) -> None:
+    order, count = Order(MIXED, 2, 7, chosen), 30
+    forward = [tuple(order.at(number)) for number in range(count)]
+    assert [tuple(order.at(number)) for number in reversed(range(count))] == forward[::-1]
+    assert {i for batch in forward for i in batch} <= set(range(len(MIXED)) if chosen is None else chosen)
+    kinds = [MIXED[i] for i in (chosen or range(len(MIXED)))]
+    first = epoch_batches(kinds, 2, 7, 0)[0]
+    assert forward[0] == (first if chosen is None else tuple(chosen[place] for place in first))
 
 
 def test_what_an_epoch_leaves_out_comes_in_another() -> None:

@@ -15,7 +15,7 @@ from diffalign.manifests import Entry
 from diffalign.pipelines.attention import counted_kernels
 
 HELPS = [[], ["demo"], ["train"], ["cache"], ["generate"], ["score"], ["evaluate"], ["data"], ["data", "check"],
-         ["label"], ["compare"], ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
+         ["label"], ["compare"], ["judge"], ["export"], ["estimate"], ["rewards"], ["configs"], ["doctor"]]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from diffalign.config import find_config, load_config, packaged_configs
 from diffalign.counting import counted
 from diffalign.estimate import CARDS, estimate
+from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.architectures import KNOWN, network_config
+from diffalign.startup import prepare_run
+from diffalign.table import build
+from diffalign.trainer import Trainer
+from diffalign.work import work_of
 
 
 def config(model: str, resolution: int, **keys):
@@ -99,6 +104,71 @@ def test_what_is_not_known_is_named_with_what_is():
     ):
         network_config("someone/else")
     assert {network_config(name)["_class_name"] for name in KNOWN} == {"UNet2DConditionModel", "SD3Transformer2DModel"}
+
+
+WALK = {"steps": 4, "guidance": 2.0, "at_once": 4}
+DRAWN = [  # what each of them does in a step depends on nothing but its keywords
+    {"name": "d3po", "group": 3, **WALK},
+    {"name": "d3po", "group": 3, "mode": "pairs", "updates": 2, **WALK},
+    {"name": "prdp", "group": 3, "updates": 2, "clip": 1e9, **WALK},
+    {"name": "ddpo", "group": 2, "updates": 2, **WALK},
+    {"name": "dpok", "group": 1, **WALK},
+    {"name": "grpo", "group": 3, "kl_weight": 0.1, **WALK},
+    {"name": "grpo", "group": 2, "kl_weight": 0, "window": 2, **WALK, "guidance": 1.0},
+    {"name": "pref_grpo", "group": 3, **WALK},
+    {"name": "nft", "group": 3, "times": 2, **WALK},
+    {"name": "nft", "group": 2, "kl_weight": 0, **WALK, "guidance": 1.0},
+    {"name": "alignprop", "mean": 0.5, "deviation": 0.0, **WALK},
+    {"name": "draft", "last": 2, "kl_weight": 0.1, **WALK},
+    {"name": "draft_lv", "draws": 3, **WALK},
+    {"name": "refl", "late": 1, "goal": None, **WALK, "guidance": 1.0},
+    {"name": "drtune", "late": 1, "trained": 3, "kl_weight": 0.1, **WALK},
+]
+
+
+@pytest.mark.parametrize("method", DRAWN, ids=lambda method: f"{method['name']}-{method['guidance']}")
+def test_the_work_of_methods_that_draw_is_what_a_run_does(method: dict, tmp_path):
+    rewards = {"winrate": {"preference": {"name": "reward", "rewards": {"tiny-clip": 1.0}}}}
+    prepared = prepare_run({
+        "pretrained_model_name_or_path": "tiny-sd", "resolution": 64, "method": method, "train_batch_size": 2,
+        "data": {"name": "pickapic", "path": "shapes-pairs", "max_pairs": 8, "val_fraction": 0},
+        "rewards": rewards if method["name"] == "pref_grpo" else {"tiny-clip": 1.0}, "report_to": "none",
+        "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"),
+        # the first steps are cheaper: what the reference says is then known
+        "max_train_steps": 4, "checkpointing_steps": 4, "cpu": True,
+    }, [])  # fmt: skip
+    trainer, seen = Trainer(prepared), {"calls": 0, "backward": 0, "most": 0}
+
+    def backward(gradient: torch.Tensor) -> None:
+        seen["backward"] += len(gradient)
+        seen["most"] = max(seen["most"], len(gradient))
+
+    def forward(module: torch.nn.Module, args: tuple, out: tuple[torch.Tensor]) -> None:
+        seen["calls"] += len(out[0])
+        if out[0].requires_grad:
+            out[0].register_hook(backward)
+
+    updates = trainer.updates
+    for _ in range(updates):
+        trainer._train_step()
+    prepared.pipe.network.register_forward_hook(forward)
+    for _ in range(updates):
+        trainer._train_step()
+    work = work_of(method["name"], build(METHODS, method, what="method"))
+    assert seen["backward"] == pytest.approx(2 * updates * work.trained)
+    assert seen["calls"] == pytest.approx(2 * updates * (work.trained + work.forwards))
+    at_once = min(2 * work.at_once, work.most)
+    # a leash and a step of the walk are two calls, which are held together
+    assert seen["most"] == at_once - (2 if method["name"] in ("draft", "drtune") else 0)
+
+
+def test_the_mean_number_of_steps_is_that_of_the_draws():
+    for keywords in ({}, {"truncation": "uniform"}, {"mean": 0.5, "deviation": 0.4}):
+        method = build(METHODS, {"name": "alignprop", **keywords}, what="method")
+        g = torch.Generator().manual_seed(0)
+        drawn = torch.tensor([float(method.steps - method.first(g)) for _ in range(2000)])
+        error = drawn.std().item() / 2000**0.5
+        assert work_of("alignprop", method).trained / 2 == pytest.approx(drawn.mean().item(), abs=4 * error)
 
 
 @pytest.mark.slow

@@ -5,7 +5,16 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from toy import ALPHAS, PROCESSES, ROWS, variance_preserving
 
-from diffalign.process import CLEAN, PARAMETRIZATIONS, RectifiedFlow, at_timesteps, endpoints, target, time_weight
+from diffalign.process import (
+    CLEAN,
+    PARAMETRIZATIONS,
+    RectifiedFlow,
+    at_timesteps,
+    endpoints,
+    moved,
+    target,
+    time_weight,
+)
 
 
 def stock(prediction_type: str = "epsilon", **options: object) -> DDIMScheduler:
@@ -171,3 +180,34 @@ def test_few_times_are_the_same_process_in_all_else(name: str) -> None:
 def test_the_refiners_range_is_the_first_fifth_of_all_times() -> None:
     t = PROCESSES["vp"].training_times(20_000, torch.Generator().manual_seed(0), high=0.2)
     assert (t.min(), t.max()) == (0, 200) and len(t.unique()) == 201
+
+
+class Elsewhere:
+    """A tensor that says where it lies and notes what is done to it; there is no GPU to lie on."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.done = torch.device(device), []  # type: ignore[var-annotated]
+
+    def pin_memory(self) -> "Elsewhere":
+        assert self.device.type == "cpu", "only what is on the CPU can be pinned"
+        self.done.append("pinned")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Elsewhere":
+        self.done.append(("to", device.type, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "done"),
+    [
+        ("cpu", "cuda", ["pinned", ("to", "cuda", True)]),
+        ("cuda", "cuda", [("to", "cuda", False)]),
+        ("cuda", "cpu", [("to", "cpu", False)]),
+        ("cpu", "cpu", [("to", "cpu", False)]),
+    ],
+)
+def test_only_what_is_on_the_cpu_is_pinned_on_its_way_to_a_gpu(here: str, there: str, done: list[object]) -> None:
+    tensor = Elsewhere(here)
+    moved(tensor, torch.device(there))  # type: ignore[arg-type]
+    assert tensor.done == done

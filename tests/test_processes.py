@@ -281,3 +281,22 @@ def test_a_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
         assert process.returncode not in (0, None), output
         assert "Signal 9" in output, output
         assert not Path(f"/proc/{(tmp_path / 'pid0').read_text()}").exists(), output
+
+
+def test_two_ranks_are_paid_alike(tmp_path: Path, one_thread: None) -> None:
+    """Groups of pictures drawn on two ranks: what one process draws in twice the microbatches, and the same step.
+
+    Tolerance: 1e-4 of weights that have moved by more than 1e-3: the second rollout is drawn with weights that differ
+    in their last bits, and Adam divides by gradients of any size.
+    """
+    method = {"name": "grpo", "group": 2, "steps": 3, "guidance": 2.0, "advantage": "group", "at_once": 4}
+    values = config(tmp_path, cpu=True, method=method, rewards={"jpeg": 1.0}, max_train_steps=2,
+                    data={**config(tmp_path)["data"], "val_fraction": 0.0})  # fmt: skip
+    both_ranks("ddp", tmp_path, values, [[]])
+    both, one = Path(values["output_dir"]), tmp_path / "one"
+    train({**values, "output_dir": str(one), "gradient_accumulation_steps": 2})
+    ours, theirs = (load_file(folder / WEIGHTS_NAME) for folder in (both, one))
+    assert distance(ours, theirs) <= 1e-4
+    assert max(value.abs().max().item() for name, value in theirs.items() if "lora_B" in name) > 1e-3
+    for kind, found in metrics(both, "reward", "loss", "grad_norm").items():
+        assert found == pytest.approx(metrics(one, kind)[kind], rel=1e-4, abs=1e-6), kind

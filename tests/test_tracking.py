@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
-from diffalign.tracking import MetricsFile
+import pytest
+
+from diffalign.tracking import MetricsFile, RewardAlarm
 
 
 def test_a_value_that_is_no_number_is_left_out(tmp_path: Path):
@@ -22,3 +25,15 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path):
     MetricsFile(first.path, 2).write(3, {"loss": 9.0})
     rows = [json.loads(line) for line in first.path.read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}]
+
+
+def test_rewards_that_say_nothing_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    alarm = RewardAlarm(patience=3)
+    with caplog.at_level(logging.WARNING):
+        for missing, same in [(0.0, 1.0), (0.0, 1.0), (0.0, 0.5), (0.25, 1.0), (0.5, 1.0)]:
+            alarm.update(missing, same)
+        assert [record.getMessage()[:42] for record in caplog.records] == ["rewards: 25% of a step's pictures have no "]
+        for _ in range(4):
+            alarm.update(0.0, 1.0)
+    assert len(caplog.records) == 2
+    assert "for 3 steps all pictures of each prompt have got the same score" in caplog.records[1].getMessage()

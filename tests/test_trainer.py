@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffalign import checkpoint as ckpt
 from diffalign import startup
 from diffalign import trainer as trainer_module
-from diffalign.config import RunConfig
+from diffalign.config import RunConfig, load_config
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME, load_lora
+from diffalign.run_folder import claim_folder
 from diffalign.startup import make_accelerator, prepare_run
 from diffalign.tracking import SkippedSteps
 from diffalign.trainer import RunResult, Trainer, train
@@ -319,6 +320,16 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         train(values)
     with pytest.raises(ValueError, match="another learning_rate"):
         train({**values, "learning_rate": 5e-3, "resume_from_checkpoint": "latest"})
+
+
+def test_rewards_may_change_when_a_run_goes_on_unless_it_trains_on_them(tmp_path: Path) -> None:
+    values = config(tmp_path, validation_prompts=["a red circle"], rewards={"shapes": 1.0})
+    first = load_config(values)
+    claim_folder(tmp_path / "run", first, trains_on_rewards=True)
+    other = load_config({**values, "rewards": {"jpeg": 1.0}, "resume_from_checkpoint": "latest"})
+    with pytest.raises(ValueError, match="another rewards"):
+        claim_folder(tmp_path / "run", other, trains_on_rewards=True)
+    assert claim_folder(tmp_path / "run", other, trains_on_rewards=False) is None
 
 
 def test_a_run_of_an_older_version_goes_on_where_new_keys_have_their_defaults(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import toy_pairs
 from PIL import Image
 from tiny_qwen import qwen25_vl
 
+from diffalign.data.example import Example
 from diffalign.data.examples import Examples
 from diffalign.data.options import DataOptions, Framing
 from diffalign.data.records import ImageSource, PreferenceRecord
-from diffalign.data.views import Example, view_of
+from diffalign.data.views import view_of
 from diffalign.rewards.user_embeddings import VLMUsers
 from diffalign.users import Shot, divide, embed_user, embed_users, load_user, parse_users, save_user
 

@@ -17,6 +17,7 @@ from toy import PROCESSES, Denoiser, sampling_times
 from diffalign.methods import METHODS
 from diffalign.methods.base import Batch, Method, Run, pair_batch
 from diffalign.sampling import Condition
+from diffalign.scores import Scores, known, scores_of
 from diffalign.table import build, split_section
 
 PROMPTS = 5
@@ -118,7 +119,7 @@ def batch_for(method: Method, count: int, seed: int = 0) -> Batch:
 
 
 BETA = 20.0  # of the toy: its errors are O(1), not O(1e-4)
-WALKS = {"steps": 4, "guidance": 1.0}  # of methods that draw: short ones
+WALKS = {"steps": 4, "guidance": 1.0, "at_once": 4096}  # of methods that draw: short ones, all at once
 TOY: dict[str, dict[str, object]] = {  # what a method has here, unless a variant says otherwise
     "sft": {},
     "kto": {"beta": 10.0},  # without DPO's 1/2
@@ -130,6 +131,10 @@ TOY: dict[str, dict[str, object]] = {  # what a method has here, unless a varian
     "spin": {"beta": BETA, **WALKS},
     "online_dpo": {"beta": BETA, **WALKS},
     "dro": {"steps": 4, "margin": 0.1},
+    **{name: {"group": 4, **WALKS} for name in ("d3po", "prdp", "ddpo", "grpo", "pref_grpo", "nft", "dpok")},
+    **dict.fromkeys(("alignprop", "draft", "draft_lv"), WALKS),
+    "refl": {"late": 2, "goal": None, **WALKS},
+    "drtune": {"late": 1, "trained": 2, **WALKS},
 }
 
 
@@ -144,10 +149,19 @@ def networks(process: str, kind: str) -> tuple[Denoiser, Denoiser]:
 
 def run(policy: Denoiser, reference: Denoiser, seed: int = 0) -> Run:
     return Run(policy, reference, policy.process, policy.kind, torch.Generator().manual_seed(seed),
-               times=partial(sampling_times, policy.process), score=toy_score)  # fmt: skip
+               times=partial(sampling_times, policy.process), score=lambda *a: known(toy_scores(*a)),
+               reward_gradient=toy_gradient, base=reference)  # fmt: skip
 
 
-def toy_score(latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+def toy_scores(latents: torch.Tensor, prompts: Sequence[str]) -> Scores:
     """What `pairs` means by better: around +1 for prompt 0, around -1 for prompt 1."""
     side = torch.tensor([1.0 - 2.0 * int(prompt) for prompt in prompts])
-    return -(latents - side[:, None]).square().sum(1)
+    return scores_of({"toy": -(latents - side[:, None]).square().sum(1)}, {"toy": 1.0})
+
+
+@torch.enable_grad()
+def toy_gradient(latents: torch.Tensor, prompts: Sequence[str]) -> tuple[Scores, torch.Tensor]:
+    """The same with its slope."""
+    leaf = latents.detach().requires_grad_()
+    scores = toy_scores(leaf, prompts)
+    return scores, torch.autograd.grad(scores.total.sum(), leaf)[0]

@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffalign.answers import Answer
+from diffalign.judging.command import Place
+from diffalign.judging.store import CHOSEN, Choice
 from diffalign.rewards import load_reward
 from diffalign.rewards.base import Reward
 from diffalign.rewards.geneval_rules import Detection
@@ -153,12 +155,29 @@ def vlm() -> Reward:
     return load_reward("vlm", judge=Points())
 
 
+def human() -> Reward:
+    """A judge who likes bright pictures, and is at hand whenever something waits."""
+    folder = made(lambda path: path)
+    reward = load_reward("human", folder=str(folder))
+
+    def answer() -> None:
+        for place in (Place(str(path)) for path in folder.iterdir()):
+            found, store, _ = place.open()
+            for group in found.groups:
+                brightest = max(group.pictures, key=lambda name: level(group.pictures[name].source.decode("it")))
+                store.add(Choice("judge", group.key, CHOSEN, (brightest,)))
+
+    reward.wait = answer  # type: ignore[attr-defined]
+    return reward
+
+
 ZOO: dict[str, Small] = {
     "aesthetic": Small(aesthetic),
     "aesthetic-v2.5": Small(aesthetic_siglip),
     "blip-itm": Small(blip_itm),
     "clip": Small(functools.partial(clip, "clip")),
     "geneval": Small(geneval, ("a dog", "a cat")),
+    "human": Small(human, CAPTIONS, grouped=True),
     "hpsv2": Small(functools.partial(hps, "hpsv2")),
     "hpsv2.1": Small(functools.partial(hps, "hpsv2.1")),
     "hpsv3": Small(hpsv3),

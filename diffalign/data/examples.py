@@ -15,9 +15,10 @@ import torch
 
 from diffalign.answers import Unreached
 from diffalign.data import DATASETS
+from diffalign.data.example import Example
 from diffalign.data.options import TIES, DataOptions, Framing, parse_section
 from diffalign.data.records import BrokenRow, PreferenceRecord, Row
-from diffalign.data.views import Example, View, pairs
+from diffalign.data.views import View, pairs
 from diffalign.table import build
 
 log = logging.getLogger("diffalign")

@@ -128,11 +128,12 @@ class PreferenceRecord:
                              f"{len(self.scores)}")  # fmt: skip
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"expected finite scores, got {list(self.scores)}")
-        if self.segments is not None and not set(self.segments) <= {-1, 0, 1}:
+        if self.segments is not None and not (self.segments and set(self.segments) <= {-1, 0, 1}):
             raise ValueError(f"expected segment labels of -1, 0 or 1, got {list(self.segments)}")
         if self.regions is not None and (
             len({len(row) for row in self.regions}) != 1 or not {s for row in self.regions for s in row} <= {-1, 0, 1}
-        ):
+            or not self.regions[0]
+        ):  # fmt: skip
             raise ValueError(f"expected regions as rows of equal length of -1, 0 and 1, got {self.regions}")
 
     @property
@@ -185,17 +186,25 @@ def make_record(
         return BrokenRow(source, f"expected the caption as text, got {prompt!r}")
     if not isinstance(prompt_loser, str | None):
         return BrokenRow(source, f"expected prompt_loser as text, got {prompt_loser!r}")
-    if segments is not None and not (isinstance(segments, list) and all(type(label) is int for label in segments)):
-        return BrokenRow(source, f"expected segments as a list of -1, 0 and 1, got {segments!r}")
-    if regions is not None and not (isinstance(regions, list) and all(isinstance(row, list) for row in regions)):
-        return BrokenRow(source, f"expected regions as a list of rows of -1, 0 and 1, got {regions!r}")
-    labels = None if segments is None else tuple(segments)  # type: ignore[arg-type]
-    areas = None if regions is None else tuple(tuple(row) for row in regions)  # type: ignore[attr-defined]
     try:
+        labels = None if segments is None else _numbers("segments as a list of -1, 0 and 1", segments)
+        areas = None if regions is None else _rows("regions as a list of rows of -1, 0 and 1", regions)
         return PreferenceRecord(prompt.strip(), tuple(images), tuple(scores), source, user=user,
                                 prompt_loser=prompt_loser, segments=labels, regions=areas)  # fmt: skip
     except ValueError as error:
         return BrokenRow(source, str(error))
+
+
+def _numbers(expected: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError(f"expected {expected}, got {value!r}")
+    return tuple(value)
+
+
+def _rows(expected: str, value: object) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected {expected}, got {value!r}")
+    return tuple(_numbers(expected, row) for row in value)
 
 
 def label_scores(label: object) -> tuple[float, float]:

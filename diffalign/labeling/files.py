@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ class Labeled:
     Attributes:
         entries: its pictures, the best first.
         scores: one each; equal ones are a tie.
-        terms: reward -> one score each, what `scores` were made from.
+        terms: reward -> one score each, what `scores` were made from; none where a person chose.
+        user: who chose; in JSON lines alone.
     """
 
     prompt: str
     entries: tuple[Entry, ...]
     scores: tuple[float, ...]
-    terms: Mapping[str, Sequence[float]]
+    terms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    user: str | None = None
 
 
 def check_out(path: Path, rank: bool) -> None:
@@ -69,7 +71,8 @@ def _write_jsonl(partial: Path, path: Path, rows: Iterable[Labeled]) -> None:
         for row in rows:
             images = [_beside(entry, path) for entry in row.entries]
             terms = {name: list(scores) for name, scores in row.terms.items()}
-            record = {"prompt": row.prompt, "images": images, "scores": list(row.scores), "terms": terms}
+            record: dict[str, Any] = {"prompt": row.prompt, "images": images, "scores": list(row.scores)}
+            record |= ({"terms": terms} if terms else {}) | ({} if row.user is None else {"user": row.user})
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 

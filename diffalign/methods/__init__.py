@@ -23,6 +23,18 @@ METHODS: dict[str, str] = {
     "dro": "diffalign.methods.dro:DRO",
     "online_dpo": "diffalign.methods.online_dpo:OnlineDPO",
     "ppd": "diffalign.methods.ppd:PPD",
+    "d3po": "diffalign.methods.d3po:D3PO",
+    "prdp": "diffalign.methods.prdp:PRDP",
+    "ddpo": "diffalign.methods.ddpo:DDPO",
+    "dpok": "diffalign.methods.dpok:DPOK",
+    "grpo": "diffalign.methods.grpo:GRPO",
+    "pref_grpo": "diffalign.methods.pref_grpo:PrefGRPO",
+    "nft": "diffalign.methods.nft:NFT",
+    "alignprop": "diffalign.methods.alignprop:AlignProp",
+    "draft": "diffalign.methods.draft:DRaFT",
+    "draft_lv": "diffalign.methods.draft_lv:DRaFTLV",
+    "refl": "diffalign.methods.refl:ReFL",
+    "drtune": "diffalign.methods.drtune:DRTune",
 }
 
 # keys of a run's config that a method has unless the config has its own
@@ -35,4 +47,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "online_dpo": {"reference": {"name": "sync", "every": 40}, "prompt_dropout": 0.0},
     "ppd": {"train": "user"},
     "mapo": {"reference": {"name": "none"}},
+    # a picture of the empty prompt would be judged by its prompt
+    **{
+        name: {"prompt_dropout": 0.0}
+        for name in (
+            "d3po",
+            "prdp",
+            "ddpo",
+            "dpok",
+            "grpo",
+            "pref_grpo",
+            "alignprop",
+            "draft",
+            "draft_lv",
+            "refl",
+            "drtune",
+        )
+    },
+    "nft": {"reference": {"name": "ema", "decay": 0.5, "rise": 0.001}, "prompt_dropout": 0.0},
 }

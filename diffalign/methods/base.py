@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffalign.losses import squared_error
-from diffalign.process import NoiseProcess, moved, target
+from diffalign.process import NoiseProcess, moved, target, time_weight
 from diffalign.sampling import Condition, Policy, concatenate
+from diffalign.scores import Score, Scores
 from diffalign.table import Section
 
 
@@ -31,10 +32,12 @@ class Need(enum.Enum):
     FIXED_REFERENCE = "a reference that stays as it is"
     SNAPSHOTS = "past checkpoints"
     USERS = "who preferred (train: user)"
-    STOCHASTIC_SAMPLER = "a stochastic sampler"
+    COMPARISON = "a reward that compares pictures (winrate)"
+    BASE = "the base model under a LoRA"
 
 
-Score = Callable[[Tensor, Sequence[str]], Tensor]  # (latents [B, ...], B prompts) -> [B]
+RewardGradient = Callable[[Tensor, Sequence[str]], tuple[Scores, Tensor]]
+Kept = TypeVar("Kept")
 # (what is computed, what of each row [B, ...] it follows from, how) -> [B, ...]
 Remember = Callable[[str, Mapping[str, Tensor], Callable[[], Tensor]], Tensor]
 
@@ -44,9 +47,14 @@ def no_times(steps: int) -> Tensor:
     raise ValueError("this run has no sampling times: a method that draws pictures needs Run.times")
 
 
-def no_reward(latents: Tensor, prompts: Sequence[str]) -> Tensor:
+def no_reward(latents: Tensor, prompts: Sequence[str]) -> Any:
     """Of a run without a reward."""
     raise ValueError("this run has no reward: a method that scores what it draws needs Run.score")
+
+
+def drawn(updates: int, draw: Callable[[], Kept]) -> Kept:
+    """Of a run that keeps no rollouts."""
+    return draw()
 
 
 def computed(what: str, rows: Mapping[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
@@ -60,8 +68,13 @@ class Run:
 
     Attributes:
         times: steps -> [steps + 1] times from noise to picture, for methods that sample or invert.
-        score: (latents [B, ...], B prompts) -> [B], the run's reward of the decoded pictures.
+        score: (latents [B, ...], B prompts) -> the run's rewards of the decoded pictures, which may come later.
+        reward_gradient: the same -> (scores, d total / d latents [B, ...]), at once; for rewards that have one.
+        gather: [n, ...] of this rank -> [m, ...] of all ranks.
+        held: (updates on a rollout, how to draw one) -> what was drawn at the first of these updates.
+        base: the network without what is trained, where there is such a thing: a LoRA's base model.
         mean: the mean over all ranks of a scalar tensor, for baselines that are of the whole batch.
+        same: whether policy and reference are the same weights still, as before the first step.
         step: how many optimizer steps are done.
         remember: what the fixed reference made of the same rows before, or else what `compute` makes of them now.
         together: whether there are ranks that must call the policy equally often.
@@ -74,7 +87,12 @@ class Run:
     generator: torch.Generator
     times: Callable[[int], Tensor] = no_times
     score: Score = no_reward
+    reward_gradient: RewardGradient = no_reward
+    gather: Callable[[Tensor], Tensor] = lambda value: value
+    held: Callable[[int, Callable[[], Any]], Any] = drawn
+    base: Policy | None = None
     mean: Callable[[Tensor], Tensor] = lambda value: value
+    same: bool = False
     step: int = 0
     remember: Remember = computed
     together: bool = False
@@ -171,16 +189,41 @@ class Method(Protocol):
         ...
 
 
-def noise_together(run: Run, batch: Batch, time_range: tuple[float, float] = (0.0, 1.0), count: int = 0) -> Noised:
-    """Noises the first `count` members (0: all) with one t and one eps per row, shared by all members.
+def noise_together(
+    run: Run,
+    batch: Batch,
+    time_range: tuple[float, float] = (0.0, 1.0),
+    share_noise: bool = True,
+    aux: dict[str, Tensor] | None = None,
+) -> Noised:
+    """Noises all members with one t per row, and one eps or, without `share_noise`, one of each member.
 
     Sharing t and eps is variance reduction: what differs between winner and loser is then only the picture.
     """
-    members, conditions = batch.members[: count or None], batch.conditions[: count or None]
-    first = members[0]
+    t, noises = drawn_together(run, batch, time_range, share_noise)
+    return noised_at(run, batch.members, batch.conditions, batch.label, t, noises, aux)
+
+
+def drawn_together(
+    run: Run, batch: Batch, time_range: tuple[float, float], share_noise: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """(t [B], K eps [B, ...]), drawn in this order: those of `noise_together`."""
+    first, count = batch.members[0], len(batch.members)
     t = moved(run.process.training_times(len(first), run.generator, *time_range), first.device)
-    eps = moved(torch.randn(first.shape, generator=run.generator), first.device)
-    return noised_at(run, members, conditions, batch.label, t, [eps] * len(members))
+    drawn = [moved(torch.randn(first.shape, generator=run.generator), first.device)
+             for _ in range(1 if share_noise else count)]  # fmt: skip
+    return t, drawn * count if share_noise else drawn
+
+
+def updates_of(method: Method) -> int:
+    """Optimizer steps on one rollout; 1 for methods that draw anew, or not at all."""
+    return int(getattr(method, "updates", 1))
+
+
+def with_members(batch: Batch, *members: Tensor, conditions: Sequence[Condition] | None = None) -> Batch:
+    """The same examples with other members [B, ...], under the first one's condition if none is given."""
+    told = conditions or [batch.condition] * len(members)
+    return replace(batch, members=members, conditions=tuple(told))
 
 
 def noised_at(
@@ -203,6 +246,11 @@ def noised_at(
         label=label,
         aux=aux or {},
     )
+
+
+def weight_at(run: Run, t: Tensor, name: str) -> Tensor:
+    """[N]: the timestep's weight of this name on the network's own error at times t [N]."""
+    return time_weight(name, run.parametrization, *run.process.coefficients(t))
 
 
 def errors(run: Run, batch: Noised) -> tuple[Tensor, Tensor]:

@@ -16,16 +16,16 @@ Choices of our own:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from diffalign.losses import log_ratio
 from diffalign.losses.listwise import calibrated
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together, with_members
 from diffalign.methods.checks import check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
+from diffalign.methods.pairs import pair_loss
 from diffalign.table import Section
 
 
@@ -64,10 +64,9 @@ class CaPO:
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         rewards = batch.scores if self.calibrated else calibrated(batch.scores / self.temperature)
-        ends = replace(batch, members=(batch.winner, batch.loser),
-                       conditions=(batch.conditions[0], batch.conditions[-1]))  # fmt: skip
-        noised = noise_together(run, ends, (self.time_low, self.time_high))
-        return [replace(noised, aux={"target": rewards[:, 0] - rewards[:, -1]})]
+        ends = with_members(batch, batch.winner, batch.loser, conditions=(batch.conditions[0], batch.conditions[-1]))
+        aux = {"target": rewards[:, 0] - rewards[:, -1]}
+        return [noise_together(run, ends, (self.time_low, self.time_high), aux=aux)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         m, r = errors(run, batch)
@@ -75,5 +74,4 @@ class CaPO:
         weight = torch.sigmoid(self.bias - 2 * (alpha / sigma).log())
         rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
         h, target = rho_w - rho_l, batch.aux["target"]
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss((target - h).square(), time, pair_metrics(h, m, r) | {"target": target})
+        return pair_loss(run, batch, (target - h).square(), h, m, r, target=target)

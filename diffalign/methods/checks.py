@@ -21,6 +21,18 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"method.{name}: expected a number of at least 0, got {value}")
 
 
+def check_group(group: int) -> None:
+    """Raises ValueError for a group of pictures in which there is nothing to compare."""
+    if group < 2:
+        raise ValueError(f"method.group: expected at least 2 pictures of a prompt to compare, got {group}")
+
+
+def check_last(name: str, count: int, steps: int) -> None:
+    """Raises ValueError for a number of steps that a walk does not have."""
+    if not 1 <= count <= steps:
+        raise ValueError(f"method.{name}: expected 1 to {steps} of the walk's steps, got {count}")
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raises ValueError for a value that is not one of the known."""
     names = list(known)

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffalign.losses import log_ratio, sigmoid
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.losses import soft_ce
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
 from diffalign.methods.checks import check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
+from diffalign.methods.pairs import pair_errors, pair_loss
 from diffalign.perturb import PERTURBERS
-from diffalign.process import time_weight
 from diffalign.table import Section, bind
 
 
@@ -59,9 +58,6 @@ class DCPO:
         return [noise_together(run, batch, (self.time_low, self.time_high))]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
-        # a tie that is kept (label 1/2) is cDPO's even case: it pulls neither way
-        value = sigmoid(rho_w, rho_l) * batch.label + sigmoid(rho_l, rho_w) * (1 - batch.label)
-        return Loss(value, run.process.fraction(batch.t).chunk(2)[0], pair_metrics(rho_w - rho_l, m, r))
+        rho_w, rho_l, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
+        h = rho_w - rho_l
+        return pair_loss(run, batch, soft_ce(h, batch.label), h, m, r)  # a tie that is kept as 1/2 pulls neither way

@@ -21,7 +21,7 @@ Pairs that are nearly the same picture push the policy off its data (likelihood 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -29,10 +29,9 @@ import torch.nn.functional as F
 
 from diffalign.losses import log_ratio
 from diffalign.losses.parts import NORMS, better_then_worse, labels_of_parts, part_errors, weights_of_parts
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noised_at, reference_of
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, reference_of, weight_at
 from diffalign.methods.checks import check_choice, check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import moved, time_weight
+from diffalign.methods.pairs import pair_loss
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,16 @@ class DenseDPO:
         """Raises ValueError where labels and latents do not fit each other."""
         if batch.signs is None:
             raise ValueError("densedpo needs labels of parts: give segments (clips) or regions (pictures) in the data")
-        first = batch.members[0]
-        labels = labels_of_parts(batch.signs, first.shape)
-        t = moved(run.process.training_times(len(first), run.generator, self.time_low, self.time_high), first.device)
-        drawn = [moved(torch.randn(first.shape, generator=run.generator), first.device)
-                 for _ in range(1 if self.share_noise else 2)]  # fmt: skip
-        noised = noised_at(run, batch.members, batch.conditions, batch.label, t, [drawn[0], drawn[-1]])
-        return [replace(noised, aux={"labels": labels})]
+        aux = {"labels": labels_of_parts(batch.signs, batch.winner.shape)}
+        return [noise_together(run, batch, (self.time_low, self.time_high), self.share_noise, aux)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         labels, axes = batch.aux["labels"], 1 if batch.x_t.ndim == 5 else 2
         with torch.no_grad():
             r = part_errors(reference_of(run)(batch.x_t, batch.t, batch.condition), batch.y, axes)
         m = part_errors(run.policy(batch.x_t, batch.t, batch.condition), batch.y, axes)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        first, second = (weight[:, None] * log_ratio(m, r, self.beta)).chunk(2)
+        weight = weight_at(run, batch.t, self.timestep_weight)[:, None]
+        first, second = (weight * log_ratio(m, r, self.beta)).chunk(2)
         h = (weights_of_parts(labels, self.segment_norm) * (first - second)).sum(1)
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(F.softplus(-h), time, pair_metrics(h, better_then_worse(m, labels), better_then_worse(r, labels)))
+        m_bw, r_bw = better_then_worse(m, labels), better_then_worse(r, labels)
+        return pair_loss(run, batch, F.softplus(-h), h, m_bw, r_bw)

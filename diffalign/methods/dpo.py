@@ -23,7 +23,6 @@ from torch import Tensor
 from diffalign.losses import (
     LINKS,
     NEEDS_SMOOTHING,
-    log_ratio,
     scaled_gradient,
     squared_error,
     winner_preserving_scale,
@@ -31,9 +30,7 @@ from diffalign.losses import (
 from diffalign.losses.divergences import DIVERGENCES
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, prediction_and_reference
 from diffalign.methods.checks import check_positive, check_times
-from diffalign.process import time_weight
-
-SATURATED = 5.0  # |h| beyond which a pair gives almost no gradient
+from diffalign.methods.pairs import log_ratios, pair_loss
 
 
 @dataclass(frozen=True)
@@ -95,16 +92,13 @@ class DPO:
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         m, r = self._errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
+        rho_w, rho_l = log_ratios(run, batch, m, r, self.beta, self.timestep_weight)
         winner_worse = torch.relu(-rho_w)
         pulled = rho_w - self.dpop_weight * winner_worse
         psi = DIVERGENCES[self.divergence]
         value = self._soft_link(psi(pulled, self.alpha), psi(self.loser_weight * rho_l, self.alpha), batch.label)
-        m_w = m.chunk(2)[0]
-        value = value + self.sft_weight * 0.5 * self.beta * m_w
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
+        value = value + self.sft_weight * 0.5 * self.beta * m.chunk(2)[0]
+        return pair_loss(run, batch, value, rho_w - rho_l, m, r)
 
     def _errors(self, run: Run, batch: Noised) -> tuple[Tensor, Tensor]:
         """(m, r) [N]; with winner_preserving the losers' m has a scaled gradient."""
@@ -121,24 +115,3 @@ class DPO:
         link = LINKS[self.link]
         forward, backward = link(rho_w, rho_l, self.label_smoothing), link(rho_l, rho_w, self.label_smoothing)
         return torch.where(label == 1, forward, label * forward + (1 - label) * backward)
-
-
-def pair_metrics(h: Tensor, m: Tensor, r: Tensor) -> dict[str, Tensor]:
-    """What every pair method logs, per pair and detached: the logit, ties counted half in accuracy, both errors.
-
-    `d_w` above 0 while `accuracy` rises is likelihood displacement: the winner gets less likely, the loser even less.
-    """
-    with torch.no_grad():
-        (m_w, m_l), (r_w, r_l) = m.detach().chunk(2), r.chunk(2)
-        h = h.detach()
-        return {
-            "h": h,
-            "accuracy": (h > 0).float() + 0.5 * (h == 0).float(),
-            "saturated": (h.abs() > SATURATED).float(),
-            "d_w": m_w - r_w,
-            "d_l": m_l - r_l,
-            "m_w": m_w,
-            "m_l": m_l,
-            "r_w": r_w,
-            "r_l": r_l,
-        }

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from diffalign.losses import ranking_hinge
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors
-from diffalign.methods.dpo import pair_metrics
+from diffalign.methods.checks import check_positive
+from diffalign.methods.pairs import pair_loss
 from diffalign.process import moved, target
 from diffalign.rollouts import Sampler, jittered, roll_out
 from diffalign.sampling import concatenate
@@ -58,9 +59,7 @@ class DRO:
     reuse: int = 1
 
     def __post_init__(self) -> None:
-        if self.margin <= 0 or self.reuse < 1:
-            raise ValueError(f"method.margin, reuse: expected a margin above 0 and a reuse of at least 1, "
-                             f"got {self.margin}, {self.reuse}")  # fmt: skip
+        check_positive(margin=self.margin, reuse=self.reuse)
         self._sampler()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
@@ -76,8 +75,7 @@ class DRO:
         m, r = errors(run, batch)
         d_expert, d_policy = (m - r).chunk(2)
         value = batch.label * ranking_hinge(d_expert, d_policy, self.margin)
-        metrics = pair_metrics((d_policy - d_expert) / self.margin, m, r)
-        return Loss(value, run.process.fraction(batch.t).chunk(2)[0], metrics)
+        return pair_loss(run, batch, value, (d_policy - d_expert) / self.margin, m, r)
 
     def _noised(self, run: Run, batch: Batch, states: Tensor, times: Tensor) -> Noised:
         """A random step of each walk beside its expert, both at that step's time."""

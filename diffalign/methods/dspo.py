@@ -20,12 +20,11 @@ from typing import ClassVar
 
 import torch
 
-from diffalign.losses import log_ratio, squared_error
+from diffalign.losses import squared_error
 from diffalign.losses.unary import gated_residual
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, reference_of
 from diffalign.methods.checks import check_choice, check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import time_weight
+from diffalign.methods.pairs import log_ratios, pair_loss
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,11 @@ class DSPO:
             theirs = reference_of(run)(batch.x_t, batch.t, batch.condition)
         ours = run.policy(batch.x_t, batch.t, batch.condition)
         m, r = squared_error(ours, batch.y), squared_error(theirs, batch.y)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_l = (weight * log_ratio(m, r, self.strength if self.as_released else self.beta)).chunk(2)
+        beta = self.strength if self.as_released else self.beta
+        rho_w, rho_l = log_ratios(run, batch, m, r, beta, self.timestep_weight)
         gate = torch.sigmoid(rho_l - rho_w)
         y_w, theirs_w, target = (value.chunk(2)[0] for value in (ours, theirs, batch.y))
         value = gate.square()
         if self.form == "score":
             value = gated_residual(y_w - target, y_w - theirs_w, self.strength * gate)
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
+        return pair_loss(run, batch, value, rho_w - rho_l, m, r)

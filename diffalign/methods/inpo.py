@@ -22,12 +22,14 @@ Rectified flows: Euler steps up the model's own shifted times, target (x_tau - x
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from diffalign.losses import soft_ce
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run
-from diffalign.methods.inverted import Inversion, check_beta, noised_by_inversion, pair_loss
+from diffalign.methods.checks import check_positive, check_times
+from diffalign.methods.inverted import Inversion, noised_by_inversion
+from diffalign.methods.pairs import pair_errors, pair_loss
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,17 @@ class InPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
+        check_positive(beta=self.beta)
+        check_times(self.time_low, self.time_high, self.timestep_weight)
         self._inversion()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return [noised_by_inversion(run, batch, self._inversion())]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        h, loss = pair_loss(run, batch, self.beta, self.timestep_weight)
-        return replace(loss, value=soft_ce(h, batch.label))
+        rho_w, rho_l, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
+        h = rho_w - rho_l
+        return pair_loss(run, batch, soft_ce(h, batch.label), h, m, r)
 
     def _inversion(self) -> Inversion:
         return Inversion(self.steps, self.mode, self.model, self.renoise, False, self.eta, self.time_low,

@@ -39,8 +39,9 @@ from torch import Tensor
 from diffalign.inversion import departure, inversion_stepper, invert, transition_target
 from diffalign.losses import log_ratio, soft_ce, squared_error
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, reference_of
-from diffalign.methods.dpo import pair_metrics
-from diffalign.methods.inverted import check_beta, check_range, grid, implied_target, levels_inside
+from diffalign.methods.checks import check_choice, check_not_negative, check_positive, check_times
+from diffalign.methods.inverted import grid, implied_target, levels_inside
+from diffalign.methods.pairs import pair_loss, pair_metrics
 from diffalign.process import moved, time_weight
 from diffalign.sampling import Condition, Policy, concatenate, guided
 
@@ -84,10 +85,10 @@ class InversionDPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
-        check_range(self.time_low, self.time_high)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"method.objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        check_positive(beta=self.beta)
+        check_not_negative(guidance=self.guidance)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_times(self.time_low, self.time_high)
         if not 1 <= self.sampled <= self.steps:
             raise ValueError(f"method.sampled: expected 1 to method.steps, which is {self.steps}, got {self.sampled}")
         if self.renoise < 0 or (self.renoise and self.objective == "transition"):
@@ -114,8 +115,7 @@ class InversionDPO:
         r = batch.reference_errors if batch.reference_errors is not None else self._reference_errors(run, batch)
         rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
         h = rho_w - rho_l
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(soft_ce(h, batch.label), time, pair_metrics(h, m, r))
+        return pair_loss(run, batch, soft_ce(h, batch.label), h, m, r)
 
     def _as_released(self, run: Run, batch: Noised, q: Tensor) -> Loss:
         pairs = len(batch.label)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from diffalign.inversion import MODES, inversion_stepper, invert_each, levels_of, walks
-from diffalign.losses import log_ratio
-from diffalign.methods.base import Batch, Loss, Noised, Run, errors, reference_of
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import FewTimes, moved, per_sample, target, time_weight
+from diffalign.methods.base import Batch, Noised, Run, reference_of
+from diffalign.methods.checks import check_choice, check_not_negative, check_positive, check_times
+from diffalign.process import FewTimes, moved, per_sample, target
 from diffalign.sampling import Condition, Stepper, concatenate
 
 MODELS = ("policy", "reference")
@@ -31,28 +30,11 @@ class Inversion:
     time_high: float
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.refine < 0:
-            raise ValueError(f"method.steps, renoise: expected at least 1 and at least 0, "
-                             f"got {self.steps}, {self.refine}")  # fmt: skip
-        if self.mode not in MODES:
-            raise ValueError(f"method.mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.model not in MODELS:
-            raise ValueError(f"method.model: expected one of {', '.join(MODELS)}, got {self.model!r}")
-        if self.eta < 0:
-            raise ValueError(f"method.eta: expected a number of at least 0, got {self.eta}")
-        check_range(self.time_low, self.time_high)
-
-
-def check_beta(beta: float) -> None:
-    """Raises a ValueError for a leash that is none."""
-    if not beta > 0:
-        raise ValueError(f"method.beta: expected a number above 0, got {beta}")
-
-
-def check_range(low: float, high: float) -> None:
-    """Raises a ValueError for shares of the noise axis that are none."""
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"method.time_low, time_high: expected 0 <= low < high <= 1, got {low}, {high}")
+        check_positive(steps=self.steps)
+        check_not_negative(renoise=self.refine, eta=self.eta)
+        check_choice("mode", self.mode, MODES)
+        check_choice("model", self.model, MODELS)
+        check_times(self.time_low, self.time_high)
 
 
 @torch.no_grad()
@@ -111,12 +93,3 @@ def levels_inside(run: Run, levels: Tensor, low: float, high: float) -> Tensor:
 def nearest(levels: Tensor, tau: Tensor) -> Tensor:
     """[B] of the levels, the nearest to each tau [B]."""
     return levels[(levels - tau[:, None]).abs().argmin(1)]
-
-
-def pair_loss(run: Run, batch: Noised, beta: float, timestep_weight: str) -> tuple[Tensor, Loss]:
-    """(h [B], a loss to complete): the logit of Diffusion-DPO, with what is logged of it."""
-    m, r = errors(run, batch)
-    weight = time_weight(timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-    rho_w, rho_l = (weight * log_ratio(m, r, beta)).chunk(2)
-    h = rho_w - rho_l
-    return h, Loss(h, run.process.fraction(batch.t).chunk(2)[0], pair_metrics(h, m, r))

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from diffalign.losses.unary import UTILITIES, liked_or_not
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together, weight_at
 from diffalign.methods.checks import check_choice, check_not_negative, check_positive, check_times
-from diffalign.process import time_weight
 
 BASELINES = ("batch", "balanced", "none")
 
@@ -67,7 +66,7 @@ class KTO:
         check_times(self.time_low, self.time_high, self.timestep_weight)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
-        noised = noise_together(run, batch, (self.time_low, self.time_high), count=1)
+        noised = noise_together(run, batch, (self.time_low, self.time_high))
         return [with_baseline(run, noised, noised.label, self.timestep_weight, self.baseline)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
@@ -81,7 +80,7 @@ class KTO:
 def gains(run: Run, batch: Noised, weight: str) -> tuple[Tensor, Tensor, Tensor]:
     """(g, m, r), each [N]: g = w(t) (r - m), how much better the policy fits a sample than the reference does."""
     m, r = errors(run, batch)
-    return time_weight(weight, run.parametrization, *run.process.coefficients(batch.t)) * (r - m), m, r
+    return weight_at(run, batch.t, weight) * (r - m), m, r
 
 
 def with_baseline(run: Run, noised: Noised, label: Tensor, weight: str, kind: str) -> Noised:

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 
 from diffalign.losses import squared_error
 from diffalign.losses.unary import margin_aware
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, weight_at
 from diffalign.methods.checks import check_not_negative, check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import time_weight
+from diffalign.methods.pairs import pair_metrics
 
 SCALES = {"epsilon": 0.5, "v_prediction": 0.25, "sample": 0.25, "flow": 0.1}
 
@@ -64,7 +63,7 @@ class MaPO:
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         m = squared_error(run.policy(batch.x_t, batch.t, batch.condition), batch.y)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
+        weight = weight_at(run, batch.t, self.timestep_weight)
         m_w, m_l = (weight * m).chunk(2)
         scale = SCALES[run.parametrization] if self.scale is None else self.scale
         ell = margin_aware(m_w, m_l, scale, self.steepness)

@@ -23,11 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffalign.losses import log_ratio, sigmoid
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noised_at, reference_of
-from diffalign.methods.checks import check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import moved, time_weight
+from diffalign.losses import sigmoid
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, reference_of, with_members
+from diffalign.methods.checks import check_choice, check_group, check_positive, check_times
+from diffalign.methods.pairs import pair_errors, pair_loss
 from diffalign.rollouts import Sampler, repeated, roll_out
 
 
@@ -68,13 +67,9 @@ class OnlineDPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or self.reuse < 1:
-            raise ValueError(f"method.beta, reuse: expected a beta above 0 and a reuse of at least 1, "
-                             f"got {self.beta}, {self.reuse}")  # fmt: skip
-        if self.group < 2:
-            raise ValueError(f"method.group: expected at least 2 pictures of a prompt to compare, got {self.group}")
-        if self.drawn_by not in ("policy", "reference"):
-            raise ValueError(f"method.drawn_by: expected policy or reference, got {self.drawn_by!r}")
+        check_positive(beta=self.beta, reuse=self.reuse)
+        check_group(self.group)
+        check_choice("drawn_by", self.drawn_by, ("policy", "reference"))
         check_times(self.time_low, self.time_high, self.timestep_weight)
         self._sampler()
 
@@ -83,22 +78,15 @@ class OnlineDPO:
         policy = run.policy if self.drawn_by == "policy" else reference_of(run)
         drawn = roll_out(run, policy, *conditions, batch.shape, self._sampler()).x
         prompts = [prompt for prompt in batch.prompts for _ in range(self.group)]
-        scores = run.score(drawn, prompts).float().view(-1, self.group)
+        scores = run.score(drawn, prompts).result().total.float().view(-1, self.group)
         pair, aux = best_and_worst(drawn.view(-1, self.group, *drawn.shape[1:]), scores)
-        return [self._noised(run, batch, pair, aux) for _ in range(self.reuse)]
+        pairs, times = with_members(batch, *pair), (self.time_low, self.time_high)
+        return [noise_together(run, pairs, times, aux=aux) for _ in range(self.reuse)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
+        rho_w, rho_l, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
         value = (1 - batch.aux["skipped"]) * sigmoid(rho_w, rho_l)
-        return Loss(value, run.process.fraction(batch.t).chunk(2)[0], pair_metrics(rho_w - rho_l, m, r) | batch.aux)
-
-    def _noised(self, run: Run, batch: Batch, pair: Sequence[Tensor], aux: dict[str, Tensor]) -> Noised:
-        first = pair[0]
-        t = moved(run.process.training_times(len(first), run.generator, self.time_low, self.time_high), first.device)
-        eps = moved(torch.randn(first.shape, generator=run.generator), first.device)
-        return noised_at(run, pair, (batch.conditions[0],) * 2, batch.label, t, [eps] * 2, aux)
+        return pair_loss(run, batch, value, rho_w - rho_l, m, r, **batch.aux)
 
     def _sampler(self) -> Sampler:
         return Sampler(self.steps, self.guidance, self.eta, self.at_once)

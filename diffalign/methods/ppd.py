@@ -22,11 +22,11 @@ from typing import ClassVar
 
 import torch
 
-from diffalign.losses import log_ratio, sigmoid
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.losses import soft_ce
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
 from diffalign.methods.checks import check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import moved, per_sample, time_weight
+from diffalign.methods.pairs import pair_errors, pair_loss
+from diffalign.process import moved, per_sample
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,6 @@ class PPD:
         return replace(batch, conditions=conditions)
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_l = (weight * log_ratio(m, r, self.beta)).chunk(2)
-        # a tie that is kept as 1/2 pulls neither way
-        value = batch.label * sigmoid(rho_w, rho_l) + (1 - batch.label) * sigmoid(rho_l, rho_w)
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(value, time, pair_metrics(rho_w - rho_l, m, r))
+        rho_w, rho_l, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
+        h = rho_w - rho_l
+        return pair_loss(run, batch, soft_ce(h, batch.label), h, m, r)  # a tie that is kept as 1/2 pulls neither way

@@ -28,10 +28,19 @@ from torch import Tensor
 
 from diffalign.losses import log_ratio, squared_error
 from diffalign.losses.listwise import rank_preference, rank_weights, share_of_wins, share_ordered
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noised_at, reference_errors
+from diffalign.methods.base import (
+    Batch,
+    Loss,
+    Need,
+    Noised,
+    Run,
+    drawn_together,
+    noised_at,
+    reference_errors,
+    weight_at,
+)
 from diffalign.methods.checks import check_choice, check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import moved, time_weight
+from diffalign.methods.pairs import pair_metrics
 from diffalign.table import Section
 
 
@@ -76,7 +85,7 @@ class RankDPO:
         members = self._noised(run, batch)
         r = torch.stack([reference_errors(run, member) for member in members], 1)  # [B, K]
         m = torch.stack([_error(run, member) for member in members], 1)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(members[0].t))
+        weight = weight_at(run, members[0].t, self.timestep_weight)
         phi = batch.scores if self.phi == "scores" else share_of_wins(batch.scores)
         value, slope = self.value_and_slope(m, r, weight, phi)
         rho = weight[:, None] * log_ratio(m, r, self.beta)
@@ -107,11 +116,7 @@ class RankDPO:
 
     def _noised(self, run: Run, batch: Batch) -> list[Noised]:
         """One Noised of each member, at one t per list."""
-        first = batch.members[0]
-        t = moved(run.process.training_times(len(first), run.generator, self.time_low, self.time_high), first.device)
-        noises = [moved(torch.randn(first.shape, generator=run.generator), first.device)
-                  for _ in (batch.members[:1] if self.share_noise else batch.members)]  # fmt: skip
-        noises *= len(batch.members) if self.share_noise else 1
+        t, noises = drawn_together(run, batch, (self.time_low, self.time_high), self.share_noise)
         return [
             noised_at(run, [member], [condition], batch.label, t, [eps])
             for member, condition, eps in zip(batch.members, batch.conditions, noises, strict=True)

@@ -19,13 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from diffalign.losses import FLIPS, flip_sign, log_ratio, sigmoid
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noised_at, reference_of
-from diffalign.methods.checks import check_times
-from diffalign.methods.dpo import pair_metrics
-from diffalign.process import moved, time_weight
+from diffalign.losses import FLIPS, flip_sign, sigmoid
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together, reference_of, with_members
+from diffalign.methods.checks import check_choice, check_positive, check_times
+from diffalign.methods.pairs import pair_errors, pair_loss
 from diffalign.rollouts import Sampler, roll_out
 
 
@@ -65,34 +62,22 @@ class SePPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0 or self.reuse < 1:
-            raise ValueError(f"method.beta, reuse: expected a beta above 0 and a reuse of at least 1, "
-                             f"got {self.beta}, {self.reuse}")  # fmt: skip
-        if self.flip not in FLIPS:
-            raise ValueError(f"method.flip: expected one of {', '.join(FLIPS)}, got {self.flip!r}")
+        check_positive(beta=self.beta, reuse=self.reuse)
+        check_choice("flip", self.flip, FLIPS)
         check_times(self.time_low, self.time_high, self.timestep_weight)
         self._sampler()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         opponent = roll_out(run, reference_of(run), batch.condition, batch.negative, batch.winner.shape[1:],
                             self._sampler()).x  # fmt: skip
-        return [self._noised(run, batch, (batch.winner, opponent)) for _ in range(self.reuse)]
+        pair, times = with_members(batch, batch.winner, opponent), (self.time_low, self.time_high)
+        return [noise_together(run, pair, times, self.share_noise) for _ in range(self.reuse)]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_w, rho_r = (weight * log_ratio(m, r, self.beta)).chunk(2)
+        rho_w, rho_r, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
         s = flip_sign(-rho_w, self.flip)  # rho_w has the sign of -d_w
         value = batch.label * sigmoid(rho_w, s * rho_r)  # the winner of a kept tie counts half
-        metrics = pair_metrics(rho_w - rho_r, m, r) | {"flipped": (s != 1).float()}
-        return Loss(value, run.process.fraction(batch.t).chunk(2)[0], metrics)
-
-    def _noised(self, run: Run, batch: Batch, members: Sequence[torch.Tensor]) -> Noised:
-        first = members[0]
-        t = moved(run.process.training_times(len(first), run.generator, self.time_low, self.time_high), first.device)
-        noises = [moved(torch.randn(first.shape, generator=run.generator), first.device)
-                  for _ in range(1 if self.share_noise else 2)]  # fmt: skip
-        return noised_at(run, members, (batch.condition,) * 2, batch.label, t, (noises * 2)[:2])
+        return pair_loss(run, batch, value, rho_w - rho_r, m, r, flipped=(s != 1).float())
 
     def _sampler(self) -> Sampler:
         return Sampler(self.steps, self.guidance, self.eta, self.at_once)

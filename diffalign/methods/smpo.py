@@ -14,12 +14,14 @@ Deviations from the released code (JaydenLyh/SmPO, train.py): those of InPO, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from diffalign.losses import smpo, soft_ce, win_probability
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run
-from diffalign.methods.inverted import Inversion, check_beta, noised_by_inversion, pair_loss
+from diffalign.methods.checks import check_choice, check_positive, check_times
+from diffalign.methods.inverted import Inversion, noised_by_inversion
+from diffalign.methods.pairs import pair_errors, pair_loss
 
 PICKSCORE_RANGE = 0.28201571106910706 - 0.11543526500463486  # of the cosines over Pick-a-Pic, in the released code
 
@@ -57,23 +59,20 @@ class SmPO:
     time_high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
+        check_positive(beta=self.beta, gamma=self.gamma, score_range=self.score_range)
+        check_choice("soft", self.soft, ("smpo", "soft_ce"))
+        check_times(self.time_low, self.time_high, self.timestep_weight)
         self._inversion()
-        if self.soft not in ("smpo", "soft_ce"):
-            raise ValueError(f"method.soft: expected smpo or soft_ce, got {self.soft!r}")
-        if self.gamma <= 0 or self.score_range <= 0:
-            raise ValueError(f"method.gamma, score_range: expected numbers above 0, got {self.gamma}, "
-                             f"{self.score_range}")  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         p = win_probability(batch.scores, self.score_range)
         return [noised_by_inversion(run, batch, self._inversion(), {"p": p})]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        h, loss = pair_loss(run, batch, self.beta, self.timestep_weight)
-        p = batch.aux["p"]
+        rho_w, rho_l, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
+        h, p = rho_w - rho_l, batch.aux["p"]
         value = smpo(h, p, self.gamma) if self.soft == "smpo" else soft_ce(h, p)
-        return replace(loss, value=value, metrics=loss.metrics | {"p": p})
+        return pair_loss(run, batch, value, h, m, r, p=p)
 
     def _inversion(self) -> Inversion:
         return Inversion(self.steps, self.mode, self.model, 1, True, 0.0, self.time_low, self.time_high)

@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffalign.losses import log_ratio, sigmoid
-from diffalign.methods.base import Batch, Loss, Need, Noised, Run, errors, noise_together
+from diffalign.losses import sigmoid
+from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
 from diffalign.methods.checks import check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
+from diffalign.methods.pairs import pair_errors, pair_loss
 from diffalign.perturb import PERTURBERS
-from diffalign.process import time_weight
 from diffalign.table import Section, bind
 
 
@@ -62,8 +61,5 @@ class TDPO:
         return [noise_together(run, batch, (self.time_low, self.time_high))]
 
     def loss(self, run: Run, batch: Noised) -> Loss:
-        m, r = errors(run, batch)
-        weight = time_weight(self.timestep_weight, run.parametrization, *run.process.coefficients(batch.t))
-        rho_right, rho_wrong = (weight * log_ratio(m, r, self.beta)).chunk(2)
-        time = run.process.fraction(batch.t).chunk(2)[0]
-        return Loss(sigmoid(rho_right, rho_wrong), time, pair_metrics(rho_right - rho_wrong, m, r))
+        rho_right, rho_wrong, m, r = pair_errors(run, batch, self.beta, self.timestep_weight)
+        return pair_loss(run, batch, sigmoid(rho_right, rho_wrong), rho_right - rho_wrong, m, r)

@@ -18,8 +18,8 @@ from torch import Tensor
 from diffalign.losses.unary import UTILITIES, liked_or_not
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noise_together
 from diffalign.methods.checks import check_choice, check_positive, check_times
-from diffalign.methods.dpo import pair_metrics
 from diffalign.methods.kto import BASELINES, gains, with_baseline
+from diffalign.methods.pairs import pair_loss
 from diffalign.perturb import PERTURBERS
 from diffalign.table import Section, bind
 
@@ -70,8 +70,8 @@ class TKTO:
         u = liked_or_not(gain, batch.aux["z"].repeat(2), right_then_wrong(batch), self.beta)
         value = UTILITIES[self.utility](u)
         right, wrong = (self.beta * gain).chunk(2)
-        metrics = pair_metrics(right - wrong, m, r) | {"z": batch.aux["z"]}
-        return Loss(torch.stack(value.chunk(2)).mean(0), run.process.fraction(batch.t).chunk(2)[0], metrics)
+        value = torch.stack(value.chunk(2)).mean(0)
+        return pair_loss(run, batch, value, right - wrong, m, r, z=batch.aux["z"])
 
 
 def right_then_wrong(batch: Noised) -> Tensor:

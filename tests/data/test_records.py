@@ -47,6 +47,14 @@ def test_a_bad_record_is_refused(changes: dict[str, object], reason: str) -> Non
         ({"segments": "101"}, "segments as a list"),
         ({"segments": [True]}, "segments as a list"),
         ({"segments": [2]}, "segment labels"),
+        ({"segments": []}, "segment labels"),
+        ({"regions": [[1], [[1]]]}, "regions as a list"),
+        ({"regions": [[1, "1"]]}, "regions as a list"),
+        ({"regions": [[1], 1]}, "regions as a list"),
+        ({"regions": [[2]]}, "regions as rows"),
+        ({"regions": [[1], [1, 0]]}, "regions as rows"),
+        ({"regions": []}, "regions as rows"),
+        ({"regions": [[]]}, "regions as rows"),
     ],
 )
 def test_values_of_a_file_become_a_broken_row_that_says_why(values: dict[str, object], reason: str) -> None:

@@ -15,11 +15,12 @@ import toy_pairs
 from PIL import Image
 
 from diffalign.batches import Batches
+from diffalign.data.example import Example
 from diffalign.data.examples import contradictions, load_examples
 from diffalign.data.images import framed_regions, resize_and_crop
 from diffalign.data.options import DataOptions, Framing
 from diffalign.data.records import ImageSource, PreferenceRecord
-from diffalign.data.views import VIEWS, Example, view_of
+from diffalign.data.views import VIEWS, view_of
 
 CAPTION = "a red circle"
 PICTURES = tuple(ImageSource(toy_pairs.png(CAPTION, seed, 32)) for seed in range(4))

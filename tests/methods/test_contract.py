@@ -1,6 +1,6 @@
 """Every row of METHODS keeps the same promises, on networks whose law is known exactly."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from toy_views import BETA, batch_for, networks, pairs, run, toy_method
 from diffalign.methods import METHODS
 from diffalign.methods.base import Method, Need, Noised, reference_errors
 from diffalign.sampling import Condition
-from diffalign.table import build
+from diffalign.table import build, resolve
 
 ROW = {name: {"name": name} for name in METHODS}
 VARIANTS = {
@@ -45,10 +45,19 @@ VARIANTS = {
     "dro-reuse": {"name": "dro", "reuse": 2},
     "online_dpo-reference": {"name": "online_dpo", "drawn_by": "reference", "group": 3, "reuse": 2},
     "ppd-x0": {"name": "ppd", "timestep_weight": "x0"},
+    "d3po-pairs": {"name": "d3po", "mode": "pairs"},
+    "prdp-sum": {"name": "prdp", "reduction": "sum", "beta": 2.0, "clip": 1.0},
+    "grpo-fast": {"name": "grpo", "window": 1, "kl_weight": 0.0, "advantage": "group", "same_start": True},
+    "ddpo-bf16": {"name": "ddpo", "store": "bfloat16", "advantage": "centre"},
+    "alignprop-uniform": {"name": "alignprop", "truncation": "uniform", "kl_weight": 0.1},
+    "draft-whole": {"name": "draft", "last": 4},
 }  # fmt: skip
+# learn from groups of pictures, a microbatch of several a prompt: their own tests are in test_paid.py
+IN_GROUPS = ("d3po", "prdp", "ddpo", "dpok", "grpo", "pref_grpo", "nft")
+DIRECT = ("alignprop", "draft", "draft_lv", "refl", "drtune")  # their own in test_direct.py
 # a pair's logit against a reference, which is 0 where the two agree
 WITH_LOGIT = [v for v in VARIANTS if VARIANTS[v]["name"] not in
-              ("sft", "dro", "mapo", "kto", "tkto", "capo", "rankdpo", "densedpo")]  # fmt: skip
+              ("sft", "dro", "mapo", "kto", "tkto", "capo", "rankdpo", "densedpo", *IN_GROUPS, *DIRECT)]  # fmt: skip
 
 
 def method(variant: str) -> Method:
@@ -87,7 +96,7 @@ def test_forty_steps_move_towards_the_winners(variant: str, process: str, kind: 
 
 
 @pytest.mark.parametrize(("process", "kind"), ROWS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v]["name"] not in IN_GROUPS])
 def test_a_loss_does_not_depend_on_its_batch_mates(variant: str, process: str, kind: str) -> None:
     policy, reference = networks(process, kind)
     torch.nn.init.normal_(policy.mean, generator=torch.Generator().manual_seed(0))
@@ -207,6 +216,24 @@ def test_needs_are_declared_and_sections_build(name: str) -> None:
 def test_bad_sections_are_named(section: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(METHODS, section, what="method")
+
+
+BAD = {"beta": (0, -1, float("nan")), "reuse": (0,), "timestep_weight": ("snr",), "time_low": (-0.1, 1.0),
+       "time_high": (0.0, 1.1), "steps": (0,), "guidance": (float("nan"),), "at_once": (0,), "renoise": (-1,),
+       "eta": (-0.1,)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_value_outside_its_range_is_refused_by_its_name(name: str) -> None:
+    known = [
+        (field.name, value) for field in fields(resolve(METHODS, name, "method")) for value in BAD.get(field.name, ())
+    ]
+    assert known
+    for key, value in known:
+        if (name, key) == ("mapo", "beta") and value == 0:
+            continue  # without its margin MaPO is SFT
+        with pytest.raises(ValueError, match=key):
+            build(METHODS, {"name": name, key: value}, what="method")
 
 
 def test_known_reference_errors_spare_the_reference_and_change_nothing() -> None:

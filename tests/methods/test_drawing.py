@@ -13,6 +13,7 @@ from toy_views import EMPTY, batch_for, networks, run, toy_method
 from diffalign.config import load_config
 from diffalign.methods.base import Method
 from diffalign.methods.online_dpo import best_and_worst
+from diffalign.scores import known, scores_of
 from diffalign.trainer import train
 
 REUSED = {
@@ -24,6 +25,11 @@ REUSED = {
 
 def method(variant: str) -> Method:
     return toy_method(REUSED.get(variant, {"name": variant}))
+
+
+def told(total: torch.Tensor) -> Any:
+    """An answer of these scores."""
+    return known(scores_of({"toy": total}, {"toy": 1.0}))
 
 
 def test_best_and_worst_of_a_group() -> None:
@@ -41,7 +47,7 @@ def test_best_and_worst_of_a_group() -> None:
 
 def test_a_group_without_a_gap_gives_no_gradient() -> None:
     policy, reference = networks("vp", "epsilon")
-    state = replace(run(policy, reference), score=lambda latents, prompts: torch.zeros(len(latents)))
+    state = replace(run(policy, reference), score=lambda latents, prompts: told(torch.zeros(len(latents))))
     rule = method("online_dpo")
     [batch] = rule.prepare(state, batch_for(rule, 4))
     loss = rule.loss(state, batch)
@@ -50,16 +56,16 @@ def test_a_group_without_a_gap_gives_no_gradient() -> None:
 
 
 def test_a_group_is_of_one_prompt_and_the_reward_is_told_so() -> None:
-    told: list[str] = []
+    asked: list[str] = []
 
-    def score(latents: torch.Tensor, prompts: Any) -> torch.Tensor:
-        told.extend(prompts)
-        return torch.arange(float(len(latents)))
+    def score(latents: torch.Tensor, prompts: Any) -> Any:
+        asked.extend(prompts)
+        return told(torch.arange(float(len(latents))))
 
     state = replace(run(*networks("flow", "flow")), score=score)
     rule = method("online_dpo-reference")
     first = rule.prepare(state, batch_for(rule, 2))[0]
-    assert told == ["0"] * 3 + ["1"] * 3
+    assert asked == ["0"] * 3 + ["1"] * 3
     assert first.condition["prompt"].tolist() == [0, 1, 0, 1] and first.aux["reward_gap"].tolist() == [2, 2]
 
 

@@ -146,6 +146,26 @@ def test_lora_file_has_the_stock_keys(folder: Make, tmp_path: Path) -> None:
 
 
 @every_family
+def test_a_part_of_a_lora_is_that_with_its_second_factor_scaled(folder: Make, tmp_path: Path) -> None:
+    save_lora(trained(load_pipeline(folder()), alpha=8.0), tmp_path)
+    drawn = {}
+    for scale in (0.0, 0.5, 1.0):
+        pipe = load_pipeline(folder())
+        load_lora(pipe, tmp_path, scale=scale)
+        drawn[scale] = generate(pipe, PROMPTS[:1], seeds=[0], steps=2)
+    with torch.no_grad():
+        for name, parameter in pipe.network.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+    torch.testing.assert_close(drawn[0.5], generate(pipe, PROMPTS[:1], seeds=[0], steps=2), rtol=0, atol=1e-5)
+    plain = generate(load_pipeline(folder()), PROMPTS[:1], seeds=[0], steps=2)
+    torch.testing.assert_close(drawn[0.0], plain, rtol=0, atol=1e-5)
+    assert (drawn[1.0] - plain).abs().max() > 0.01
+    with pytest.raises(ValueError, match="LoRA scale: expected a number of at least 0, got -1"):
+        load_lora(load_pipeline(folder()), tmp_path, scale=-1)
+
+
+@every_family
 def test_lora_round_trip_is_exact(folder: Make, tmp_path: Path) -> None:
     pipe = trained(load_pipeline(folder()), alpha=8.0)
     save_lora(pipe, tmp_path)

@@ -19,7 +19,7 @@ from diffalign.answers import Answer
 from diffalign.rewards import load_reward, load_rewards
 from diffalign.rewards.judge_parse import PAIR_PARSERS, POINT_PARSERS
 from diffalign.rewards.judge_templates import SHIPPED, Template, escaped, load_template
-from diffalign.rewards.pairwise import VLMPreference, same_prompt_pairs, win_rates
+from diffalign.rewards.pairwise import RewardPreference, VLMPreference, same_prompt_pairs, win_rates
 
 HOSTILE = [
     "a cat",
@@ -287,3 +287,15 @@ def test_winrate_takes_any_preference_and_refuses_clips():
 def test_templates_are_data():
     template = Template("v", "Look at it: {caption} %s\n", "", (0.0, 1.0), lambda text, scale: 0.0)
     assert template.question("{x} %d") == 'Look at it: {caption} %s\n"{x} %d"'  # no formatting of any kind
+
+
+def test_a_reward_judges_pairs_with_ties_inside_its_margin() -> None:
+    plain, rough = Image.new("RGB", (32, 32), "red"), Image.effect_noise((32, 32), 90).convert("RGB")
+    judge = RewardPreference(rewards={"jpeg": 1.0})
+    assert {judge.prefer(plain, rough, "a"), judge.prefer(rough, plain, "a")} == {0.0, 1.0}
+    assert judge.prefer(plain, plain, "a") == 0.5
+    assert RewardPreference(rewards={"jpeg": 1.0}, margin=1e9).prefer(plain, rough, "a") == 0.5
+    shares = load_reward("winrate", preference={"name": "reward", "rewards": {"jpeg": 1.0}})
+    assert sorted(shares([plain, rough], ["a"] * 2).tolist()) == [0, 1]
+    with pytest.raises(ValueError, match=r"preference.margin: expected a number of at least 0, got -1"):
+        RewardPreference(rewards={"jpeg": 1.0}, margin=-1)
