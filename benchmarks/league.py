@@ -32,13 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.league_data import LISTS, PAIRS, league_data, settings
+from benchmarks.league_data import LISTS, PAIRS, T5_TOKENS, league_data, loaded, settings
 from benchmarks.league_page import ELSEWHERE, MODELS, write_page
 from diffalign.assets import asset
 from diffalign.config import as_dict, load_config
 from diffalign.generation import generate
 from diffalign.methods import METHODS
-from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import load_lora
 from diffalign.prompts import read_prompts
 from diffalign.rewards import load_reward
@@ -110,6 +109,7 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
     return [
         *OWN.get(method, ()),
         f"pretrained_model_name_or_path={model}",
+        f"max_sequence_length={T5_TOKENS.get(model, 'null')}",
         f"data={{name: jsonl, path: {file}, val_fraction: 0}}",
         f"output_dir={folder}",
         f"cache_dir={data.parent / 'cache'}",
@@ -178,7 +178,7 @@ def held_out() -> list[Scene]:
 
 def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
     """The held-out pictures of a model."""
-    pipe = load_pipeline(model)
+    pipe = loaded(model)
     if lora:
         load_lora(pipe, lora)
     prompts = [str(scene) for scene in scenes]
@@ -192,10 +192,14 @@ def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
 
 
 def keys_of(config: str, changes: Sequence[str], model: str, method: str) -> dict[str, str]:
-    """Hashes of a row's config with the model and its data, where folders do not count, and of the code of a run."""
-    values = as_dict(load_config(config, changes)) | {"from": settings(model), "budget": BUDGET}
-    for where in ("output_dir", "cache_dir", "data"):
-        del values[where]
+    """Hashes of a row's config with the model and its data, and of the code of a run.
+
+    Folders do not count, and no key that has its default, so that a new key of configs leaves rows as they are.
+    """
+    plain = as_dict(load_config({"pretrained_model_name_or_path": model}))
+    told = {name: value for name, value in as_dict(load_config(config, changes)).items() if value != plain[name]}
+    values = {name: value for name, value in told.items() if name not in ("output_dir", "cache_dir", "data")}
+    values |= {"from": settings(model), "budget": BUDGET}
     modules = [f"diffalign.{name}" for name in CODE] + [resolve(METHODS, method, "method").__module__]
     sources = [inspect.getsource(__import__(name, fromlist=["x"])) for name in modules]
     texts = {"config": json.dumps(values, sort_keys=True, default=str), "code": "\n".join(sources)}
@@ -262,7 +266,7 @@ def main() -> None:
         for model in args.models:
             work = args.work / model
             work.mkdir(parents=True, exist_ok=True)
-            league_data(load_pipeline(model), work / f"data-{settings(model)}")
+            league_data(loaded(model), work / f"data-{settings(model)}")
             _, base = base_row(model, scenes, work)
             for seed in args.seeds or SEEDS[model]:
                 for method in args.methods:

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.league import DRAWN, Drawn, drawn, overrides, probed, trained
-from benchmarks.league_data import league_data, settings
-from diffalign.pipelines import load_pipeline
+from benchmarks.league_data import league_data, loaded, settings
 from diffalign.shapes.grammar import CATEGORIES, Scene, sample_scenes
 from diffalign.statistics import mean_gain
 
@@ -44,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     work, data = args.work / args.model, args.work / args.model / f"data-{settings(args.model)}"
     work.mkdir(parents=True, exist_ok=True)
-    league_data(load_pipeline(args.model), data)
+    league_data(loaded(args.model), data)
     scenes = sample_scenes("validation", args.draws, SEED)
     kinds = np.array([scene.category for scene in scenes])
     base = np.array(base_of(args.model, scenes, work).passed, dtype=float)

@@ -25,6 +25,7 @@ from diffalign.cli_options import (
     Json,
     Lora,
     LoraScale,
+    MaxSequenceLength,
     Model,
     Overrides,
     Places,
@@ -112,6 +113,7 @@ def generate(
     guidance_scale: Guidance = 7.5,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("runs/generated"),
+    max_sequence_length: MaxSequenceLength = None,
     device: Device = None,
     attention: Attention = "auto",
     as_json: Json = False,
@@ -121,7 +123,7 @@ def generate(
         from diffalign import arguments, commands
 
         rows = arguments.read_prompt_options(prompt or [], prompts)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
         place = arguments.default_device(device)
         told = commands.Told(user_adapter, user)
         result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told)
@@ -190,6 +192,7 @@ def evaluate(
     guidance_scale: Guidance = 7.5,
     batch_size: BatchSize = 16,
     out: Annotated[Path | None, typer.Option(help="A new or empty folder for pictures and evaluation.json.")] = None,
+    max_sequence_length: MaxSequenceLength = None,
     device: Device = None,
     attention: Attention = "auto",
     as_json: Json = False,
@@ -201,7 +204,7 @@ def evaluate(
         place = arguments.default_device(device)
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale)
+        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
         told = commands.Told(user_adapter, user)
         result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told)
     show(result, as_json)

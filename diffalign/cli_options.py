@@ -20,6 +20,9 @@ UserAdapter = Annotated[
 User = Annotated[
     str | None, typer.Option("--user", help="Whom to draw for: a user's embedding, or the name of one of that run.")
 ]
+MaxSequenceLength = Annotated[
+    int | None, typer.Option("--max-sequence-length", help="Tokens of T5 (SD3), 256 by default; fewer are faster.")
+]
 Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]
 Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME=WEIGHT; as often as you like.")]

@@ -56,6 +56,7 @@ class Sampling:
     seed: int
     batch_size: int
     lora_scale: float = 1.0
+    max_sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
         revision=resolved.revision,
         variant=resolved.variant,
         attention=resolved.attention,
+        max_sequence_length=resolved.max_sequence_length,
     )
     everything = [*examples.train, *examples.validation]
     counts = {"prompts": 0, "pairs": 0}
@@ -169,7 +171,7 @@ def draw_pictures(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
     user = told.tokens()
-    pipe = load_pipeline(model, device=device, attention=attention)
+    pipe = load_pipeline(model, device=device, attention=attention, max_sequence_length=sampling.max_sequence_length)
     if lora:
         load_lora(pipe, lora, scale=sampling.lora_scale)
     if told.adapter:
@@ -204,7 +206,7 @@ def compare_models(
 ) -> Result:  # fmt: skip
     """Base against LoRA or user adapter, or both, on the same prompts and seeds; without either the base alone."""
     user = told.tokens()
-    pipe = load_pipeline(model, device=device, attention=attention)
+    pipe = load_pipeline(model, device=device, attention=attention, max_sequence_length=sampling.max_sequence_length)
     with progress_bar("drawing and scoring", len(prompts) * seeds) as advance, preferring(attention):
         report = evaluate(
             pipe,

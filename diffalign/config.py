@@ -63,6 +63,7 @@ class RunConfig:
     variant: str | None = None
     output_dir: str | None = None  # default: runs/<name of the config>
     resolution: int = 512  # pixels of the short side, and of the crop
+    max_sequence_length: int | None = None  # tokens of T5, as a prompt is padded or cut to; None: the stock pipeline's
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
     micro_conditioning: str = "data"  # data | fixed: what SDXL is told of sizes and crops (pipelines/sdxl.py)

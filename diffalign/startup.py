@@ -108,7 +108,8 @@ def _prepare_claimed(
     chooser = Chooser(build(SELECTIONS, resolved.selection, what="selection"), examples.train)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
-                         attention=resolved.attention)  # fmt: skip
+                         attention=resolved.attention,
+                         max_sequence_length=resolved.max_sequence_length)  # fmt: skip
     if resolved.init_lora:
         check_lora(pipe, resolved.init_lora)
     if resolved.train_timesteps:

@@ -45,15 +45,18 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     attention: str = "auto",
+    max_sequence_length: int | None = None,
 ) -> LatentPipeline:
     """Loads a stock diffusers folder, a hub id or a shipped model ("tiny-sd") of any family of `PIPELINES`.
 
     Args:
         attention: the kernel of the network's attention, a row of `diffalign.pipelines.attention.BACKENDS`.
+        max_sequence_length: tokens that T5's prompts are padded or cut to, where the family has a T5 (256 of SD3).
+            Fewer are faster: of SD3 each token of a prompt costs what one of the picture does.
 
     Raises:
         ValueError: not a diffusers pipeline, not to be had, or of a family that is not served; the message says which.
-            Or an attention backend that does not run here.
+            Or an attention backend that does not run here, or a length that the family does not take.
     """
     folder = locate(name_or_path)
     index = _index(folder, revision)
@@ -67,6 +70,8 @@ def load_pipeline(
     check_parts(folder, index, family.parts)
     pipe = family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
     set_attention(pipe.network, attention)
+    if max_sequence_length is not None:
+        pipe.set_max_sequence_length(max_sequence_length)
     return pipe
 
 

@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from diffalign.assets import asset
 from diffalign.pipelines import PIPELINES, locate
+from diffalign.pipelines.common import CLIP_TOKENS, T5_TOKENS
 from diffalign.pipelines.user_attention import UserProjection, attach_projections, user_options
 from diffalign.table import resolve
 
@@ -33,7 +34,7 @@ KNOWN: dict[str, str] = {
 NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel}
 # what gradient checkpointing recomputes one at a time
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock")
-T5_TOKENS, CLIP_TOKENS, USER_TOKENS = 256, 77, 16
+USER_TOKENS = 16
 
 
 def network_config(name_or_path: str) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def attach_meta_user(network: Any, width: int) -> int:
     return sum(p.numel() for p in added)
 
 
-def example_call(network: Any, resolution: int) -> tuple[torch.Tensor, dict[str, Any]]:
+def example_call(network: Any, resolution: int, t5_tokens: int = T5_TOKENS) -> tuple[torch.Tensor, dict[str, Any]]:
     """x_t of one picture, and the keywords that stand for its time and prompt; nothing but shapes."""
     config, dtype = network.config, network.dtype
     side = resolution // 8
@@ -107,7 +108,7 @@ def example_call(network: Any, resolution: int) -> tuple[torch.Tensor, dict[str,
         told = user_options({"user": empty(USER_TOKENS, user.key.in_features)}, dtype)
         common[f"{attentions}_attention_kwargs"] = told
     if isinstance(network, SD3Transformer2DModel):
-        tokens = empty(CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim)
+        tokens = empty(CLIP_TOKENS + t5_tokens, config.joint_attention_dim)
         return x_t, {**common, "encoder_hidden_states": tokens,
                      "pooled_projections": empty(config.pooled_projection_dim)}  # fmt: skip
     call = {**common, "encoder_hidden_states": empty(CLIP_TOKENS, config.cross_attention_dim)}

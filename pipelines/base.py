@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign.data.images import Frame
-from diffalign.pipelines.common import fingerprint, text_parts, vae_decode, vae_moments
+from diffalign.pipelines.common import CLIP_TOKENS, fingerprint, text_parts, vae_decode, vae_moments
 from diffalign.process import NoiseProcess
 from diffalign.sampling import Condition
 
@@ -104,6 +104,15 @@ class LatentPipeline(ABC):
         if part == "text":
             return fingerprint(*text_parts(self.stock))
         raise ValueError(f"expected part 'vae' or 'text', got {part!r}")
+
+    def set_max_sequence_length(self, tokens: int) -> None:
+        """Pads or cuts prompts to so many tokens where the family leaves a choice (T5); before anything is encoded.
+
+        Raises:
+            ValueError: a family without a choice, or a length that its text encoder does not read.
+        """
+        raise ValueError(f"max_sequence_length: expected a model with a T5 text encoder, got {self.name} of the family "
+                         f"{self.family}, whose prompts always have {CLIP_TOKENS} tokens; leave it out")  # fmt: skip
 
     def release(self) -> None:
         """Frees VAE and text encoders; encode, decode and encode_prompts fail with a clear message from then on."""

@@ -20,6 +20,9 @@ from diffalign.process import CLEAN, VariancePreserving
 
 log = logging.getLogger("diffalign")
 
+CLIP_TOKENS = 77  # what CLIP's text encoders are given, whatever the prompt
+T5_TOKENS = 256  # what T5 is given unless `max_sequence_length` says otherwise; the stock pipeline's default
+
 # what diffusers and transformers raise on files that are cut off, or weights that are not those of the config
 UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, SafetensorError)
 

@@ -11,21 +11,23 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.pipelines.common import load_stock, stock_warnings_off, warn_of_long_prompts
+from diffalign.pipelines.common import CLIP_TOKENS, T5_TOKENS, load_stock, stock_warnings_off, warn_of_long_prompts
 from diffalign.pipelines.user_attention import user_options
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
 log = logging.getLogger("diffalign")
 
+MOST_T5_TOKENS = 512  # that the stock pipeline takes
+
 
 class StableDiffusion3(LatentPipeline):
     """Loads any stock StableDiffusion3Pipeline folder, with T5 or without; its prompts are then zeros, as stock.
 
-    A condition holds `prompt_embeds` [B, 77 + `t5_length`, 4096] and the pooled `text_embeds` [B, 2048].
+    A condition holds `prompt_embeds` [B, 77 + `max_sequence_length`, 4096] and the pooled `text_embeds` [B, 2048].
     """
 
-    t5_length: int = 256  # tokens that T5 is padded or cut to; the stock pipeline's default
+    max_sequence_length: int = T5_TOKENS  # that T5 is padded or cut to
 
     family: ClassVar[str] = "sd3"
     lora_prefix: ClassVar[str] = "transformer"
@@ -59,15 +61,24 @@ class StableDiffusion3(LatentPipeline):
         stock = load_stock(StableDiffusion3Pipeline, folder, dtype=dtype, revision=revision, variant=variant, **absent)
         return cls(stock.to(device), folder)
 
+    def set_max_sequence_length(self, tokens: int) -> None:
+        if not 1 <= tokens <= MOST_T5_TOKENS:
+            raise ValueError(f"max_sequence_length: expected 1 to {MOST_T5_TOKENS} tokens of T5, got {tokens}")
+        self.max_sequence_length = tokens
+
+    def fingerprint(self, part: str) -> str:
+        own = part == "text" and self.max_sequence_length != T5_TOKENS
+        return super().fingerprint(part) + (f"-{self.max_sequence_length}" if own else "")
+
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         stock = self.stock
         # where T5 reads on, what CLIP cuts is not lost
-        tokenizer, limit = (stock.tokenizer_3, self.t5_length) if stock.text_encoder_3 else (stock.tokenizer, 77)
-        warn_of_long_prompts(tokenizer, prompts, limit)
+        read = (stock.tokenizer_3, self.max_sequence_length) if stock.text_encoder_3 else (stock.tokenizer, CLIP_TOKENS)
+        warn_of_long_prompts(read[0], prompts, read[1])
         with stock_warnings_off():
             embeds, _, pooled, _ = stock.encode_prompt(list(prompts), None, None, device=stock.text_encoder.device,
                                                        do_classifier_free_guidance=False,
-                                                       max_sequence_length=self.t5_length)  # fmt: skip
+                                                       max_sequence_length=self.max_sequence_length)  # fmt: skip
         return {"prompt_embeds": embeds.float(), "text_embeds": pooled.float()}
 
     def times(self, steps: int) -> Tensor:

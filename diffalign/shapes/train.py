@@ -145,8 +145,8 @@ class Trainer:
 
     def teach(self, steps: int) -> None:
         """Before the first step: what the text encoders then have to keep."""
-        if hasattr(self.pipe, "t5_length"):
-            self.pipe.t5_length = T5_LENGTHS[0]  # it is not asked
+        if hasattr(self.pipe, "max_sequence_length"):
+            self.pipe.max_sequence_length = T5_LENGTHS[0]  # it is not asked
         texts = list(text_encoders(self.pipe.stock).values())
         teach_sides(self.pipe, texts, self.reader, steps, seed=self.args.seed)
         self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
@@ -157,8 +157,8 @@ class Trainer:
         live = {name: value.clone() for name, value in self.modules.state_dict().items()}
         self.modules.load_state_dict(self.average)
         self.modules.eval()
-        if hasattr(self.pipe, "t5_length"):
-            self.pipe.t5_length, self.pipe.stock.tokenizer_max_length = T5_LENGTHS[1], CLIP_TOKENS[1]
+        if hasattr(self.pipe, "max_sequence_length"):
+            self.pipe.max_sequence_length, self.pipe.stock.tokenizer_max_length = T5_LENGTHS[1], CLIP_TOKENS[1]
         try:
             yield self.pipe
         finally:
@@ -205,12 +205,13 @@ def text_encoders(stock: Any) -> dict[str, nn.Module]:
 
 def _set_text_lengths(pipe: LatentPipeline, generator: torch.Generator) -> None:
     """Draws how many tokens T5's and CLIP's are padded to, for a pipeline that has a T5."""
-    if not hasattr(pipe, "t5_length"):
+    if not hasattr(pipe, "max_sequence_length"):
         return
     low, high = np.log2(T5_LENGTHS)
     padded = torch.rand((), generator=generator).item() >= SHORT_SHARE
     longer = torch.rand((), generator=generator).item() if padded else 0.0
-    pipe.t5_length, pipe.stock.tokenizer_max_length = round(2 ** (low + (high - low) * longer)), CLIP_TOKENS[padded]
+    pipe.max_sequence_length = round(2 ** (low + (high - low) * longer))
+    pipe.stock.tokenizer_max_length = CLIP_TOKENS[padded]
 
 
 def state_file(out: Path) -> Path:

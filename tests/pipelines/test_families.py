@@ -112,6 +112,34 @@ def test_sd3_without_t5_reads_zeros_in_its_place() -> None:
     assert without["prompt_embeds"][:, 77:].count_nonzero() == 0 < with_t5["prompt_embeds"][:, 77:].count_nonzero()
 
 
+def test_a_shorter_t5_is_that_of_the_stock_pipeline() -> None:
+    stock, whole = stock_pipeline(stable_diffusion_3()), load_pipeline(stable_diffusion_3())
+    pipe = load_pipeline(stable_diffusion_3(), max_sequence_length=20)
+    with torch.no_grad():
+        expected, _, pooled, _ = stock.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False,
+                                                     max_sequence_length=20)  # fmt: skip
+    found = pipe.encode_prompts(PROMPTS)
+    assert found["prompt_embeds"].shape == (3, 77 + 20, 48)
+    assert torch.equal(found["prompt_embeds"], expected) and torch.equal(found["text_embeds"], pooled)
+    assert pipe.fingerprint("text") != whole.fingerprint("text") and pipe.fingerprint("vae") == whole.fingerprint("vae")
+    same = load_pipeline(stable_diffusion_3(), max_sequence_length=256)  # finds what earlier runs have cached
+    assert same.fingerprint("text") == whole.fingerprint("text")
+
+
+@pytest.mark.parametrize(
+    ("folder", "length", "message"),
+    [
+        (stable_diffusion, 128, "max_sequence_length: expected a model with a T5 text encoder.*always have 77 tokens"),
+        (stable_diffusion_xl, 77, "expected a model with a T5 text encoder, got .* of the family sdxl"),
+        (stable_diffusion_3, 0, "max_sequence_length: expected 1 to 512 tokens of T5, got 0"),
+        (stable_diffusion_3, 513, "expected 1 to 512 tokens of T5, got 513"),
+    ],
+)
+def test_a_length_that_a_family_does_not_read_is_refused(folder: Make, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(folder(), max_sequence_length=length)
+
+
 @every_family
 def test_a_picture_does_not_depend_on_the_batch(folder: Make) -> None:
     pipe = load_pipeline(folder())

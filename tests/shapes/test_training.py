@@ -82,11 +82,11 @@ def test_a_flow_sees_clean_times_too():
 
 
 def test_some_steps_are_padded_as_the_stock_call_pads():
-    pipe, generator = SimpleNamespace(t5_length=0, stock=SimpleNamespace()), torch.Generator().manual_seed(0)
+    pipe, generator = SimpleNamespace(max_sequence_length=0, stock=SimpleNamespace()), torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(4000):
         _set_text_lengths(pipe, generator)
-        drawn.append((pipe.stock.tokenizer_max_length, pipe.t5_length))
+        drawn.append((pipe.stock.tokenizer_max_length, pipe.max_sequence_length))
     padded = [t5 for clip, t5 in drawn if clip == CLIP_TOKENS[1]]
     assert abs(len(padded) / len(drawn) - (1 - SHORT_SHARE)) < 0.03
     assert min(padded) == T5_LENGTHS[0] and max(padded) >= T5_LENGTHS[1] - 3
@@ -105,7 +105,7 @@ def test_padding_that_is_left_out_changes_nothing_of_what_clip_says():
         length[pipe.stock.tokenizer_max_length] = pipe.encode_prompts(["a red circle", ""])
     short, padded = (length[tokens] for tokens in CLIP_TOKENS)
     torch.testing.assert_close(short["text_embeds"], padded["text_embeds"])
-    kept = [*range(CLIP_TOKENS[0]), *range(CLIP_TOKENS[1], CLIP_TOKENS[1] + pipe.t5_length)]
+    kept = [*range(CLIP_TOKENS[0]), *range(CLIP_TOKENS[1], CLIP_TOKENS[1] + pipe.max_sequence_length)]
     torch.testing.assert_close(short["prompt_embeds"], padded["prompt_embeds"][:, kept])
 
 
