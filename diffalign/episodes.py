@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffalign.dynamics import DYNAMICS, random_stepper
+from diffalign.groups import Group
 from diffalign.methods.base import Batch, Noised, Run
 from diffalign.methods.checks import check_choice, check_positive
 from diffalign.process import moved
@@ -45,6 +46,8 @@ class Explorer:
         window: random steps, at a place in the first half that every rollout draws; 0 is all but the last.
         at_once: pictures in one call of the network.
         store: float32 | bfloat16 | float16, of what is kept.
+        spread: whether each of several ranks draws a share of every group (`diffalign.groups`), all from one start if
+            `same_start`, and with one window.
 
     Raises:
         ValueError: a value outside its range; the message names it as a key of `method`.
@@ -59,6 +62,7 @@ class Explorer:
     window: int = 0
     at_once: int = 8
     store: str = "float32"
+    spread: bool = False
 
     def __post_init__(self) -> None:
         check_positive(group=self.group, at_once=self.at_once)
@@ -82,6 +86,10 @@ class Explorer:
     def blocks(self, start: int, stop: int) -> Iterator[slice]:
         """Pictures start:stop as rewards see them: whole prompts, since some compare the pictures of one."""
         return slices(start, stop, self.group * max(1, self.at_once // self.group))
+
+    @property
+    def groups(self) -> Group:
+        return Group(self.group, self.spread)
 
     @property
     def widest(self) -> int:
@@ -130,14 +138,17 @@ class Episodes:
 @torch.no_grad()
 def explore(run: Run, policy: Policy, batch: Batch, how: Explorer) -> Episodes:
     """Draws `how.group` pictures for every prompt of a batch and has them scored while the next ones are drawn."""
-    group, shape = how.group, batch.shape
+    group, shape, shared = how.group, batch.shape, run.common if how.spread else run.generator
     condition, negative = (repeated(c, group) for c in (batch.conditions[0], batch.negative))
     prompts = [prompt for prompt in batch.prompts for _ in range(group)]
     some = next(iter(condition.values()))
-    noise = torch.randn(len(batch.prompts) if how.same_start else len(prompts), *shape, generator=run.generator)
-    noise = moved(noise.repeat_interleave(group, 0) if how.same_start else noise, some.device)
+    if how.same_start:
+        noise = torch.randn(len(batch.prompts), *shape, generator=shared).repeat_interleave(group, 0)
+    else:
+        noise = torch.randn(len(prompts), *shape, generator=run.generator)
+    noise = moved(noise, some.device)
     seeds = torch.randint(2**62, (len(prompts),), generator=run.generator).tolist()
-    window = _window(how, run.generator)
+    window = _window(how, shared)
     walks, answers = [], []
     for block in how.blocks(0, len(prompts)):
         parts = [

@@ -6,7 +6,7 @@ import torch
 
 from diffalign.config import RunConfig
 from diffalign.episodes import Replays
-from diffalign.methods.base import Method, Need, updates_of
+from diffalign.methods.base import Method, Need, spreads, updates_of
 from diffalign.reference import MOVING
 
 # what the trainer can give a method
@@ -74,6 +74,18 @@ def refuse_blind_stop(config: RunConfig, held_out: int) -> None:
     if config.early_stopping_patience and not held_out:
         raise ValueError("early_stopping_patience goes by held-out examples, and there are none: set a larger "
                          "data.val_fraction, with at least two different prompts in the data")  # fmt: skip
+
+
+def refuse_uneven_groups(method: Method, processes: int) -> None:
+    """Groups that cannot be shared out.
+
+    Raises:
+        ValueError: says which sizes can.
+    """
+    group = getattr(method, "group", 1)
+    if spreads(method) and group % processes:
+        raise ValueError(f"method.spread shares a group out to {processes} processes: expected method.group to be a "
+                         f"multiple of {processes}, got {group}")  # fmt: skip
 
 
 def refuse_graph(config: RunConfig, device: torch.device, processes: int) -> None:

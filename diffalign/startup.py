@@ -24,7 +24,7 @@ from diffalign.data.views import view_of
 from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
 from diffalign.methods import METHODS
-from diffalign.methods.base import Method, Need, RewardGradient, no_reward
+from diffalign.methods.base import Method, Need, RewardGradient, no_reward, spreads
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.base import LatentPipeline
@@ -33,7 +33,7 @@ from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, trainab
 from diffalign.pipelines.user_adapter import attach_user_adapter
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
-from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph
+from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph, refuse_uneven_groups
 from diffalign.rewards import load_rewards
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.run_folder import RESUMED_CONFIG, claim_folder
@@ -83,6 +83,7 @@ def prepare_run(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
     accelerator = make_accelerator(resolved, folder)
     refuse_graph(resolved, accelerator.device, accelerator.num_processes)
     refuse_launch(resolved, accelerator)
+    refuse_uneven_groups(method, accelerator.num_processes)
     checkpoint = on_main_rank(accelerator, lambda: claim_folder(folder, resolved, bool(REWARDED & method.needs)))
     try:
         return _prepare_claimed(resolved, method, make_reference, folder, accelerator, checkpoint)
@@ -103,7 +104,7 @@ def _prepare_claimed(
     if Need.USERS in method.needs:
         with accelerator.main_process_first():
             examples, users = known_users(resolved.users, examples, folder, accelerator.device)
-    refuse_few_pairs(resolved, len(examples.train), accelerator.num_processes)
+    refuse_few_pairs(resolved, len(examples.train), 1 if spreads(method) else accelerator.num_processes)
     refuse_blind_stop(resolved, len(examples.validation))
     chooser = Chooser(build(SELECTIONS, resolved.selection, what="selection"), examples.train)
     pipe = load_pipeline(resolved.pretrained_model_name_or_path, dtype=weight_dtype(resolved),
@@ -168,6 +169,9 @@ def scorer(
     if Need.COMPARISON in method.needs and not any(r.card.compares for n, r in rewards.rewards.items() if weights[n]):
         raise ValueError(f"method {config.method_name!r} learns from shares of wins, and none of the rewards compares "
                          f"the pictures of a prompt: set rewards: {{winrate: {{...}}}}, or take grpo")  # fmt: skip
+    if spreads(method) and (comparing := [n for n, r in rewards.rewards.items() if weights[n] and r.card.compares]):
+        raise ValueError(f"method.spread: {', '.join(comparing)} compares the pictures of a prompt, and each rank has "
+                         f"only a part of them: set method.spread: false")  # fmt: skip
 
     @torch.no_grad()
     def score(latents: Tensor, prompts: Sequence[str]) -> Scores:

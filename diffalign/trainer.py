@@ -33,7 +33,7 @@ from diffalign.distributed import (
 )
 from diffalign.ema import Best, Ema
 from diffalign.graphs import graphed
-from diffalign.methods.base import Batch, Method, Noised, Run, updates_of
+from diffalign.methods.base import Batch, Method, Noised, Run, spreads, updates_of
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import without_adapters
 from diffalign.recall import recalling
@@ -157,11 +157,12 @@ class Trainer:
         # counted over ranks, so that n ranks draw what one process draws in n times as many microbatches
         seed = mix(config.seed, self.step, micro * accelerator.num_processes + accelerator.process_index, 0)
         torch.manual_seed(seed)  # LoRA dropout draws from the global generator
-        run = replace(self._run(self.policy, seed), held=partial(self._held, micro))
+        common = torch.Generator().manual_seed(mix(config.seed, self.step, micro, 3))
+        run = replace(self._run(self.policy, seed), held=partial(self._held, micro), common=common)
         finite = []
         with accelerator.autocast():
             with torch.no_grad(), evaluating(self.wrapper):
-                batches = self.method.prepare(run, self._batch(micro, run.generator))
+                batches = self.method.prepare(run, self._batch(micro, run))
             if self.step == micro == 0:
                 check_identity(config, self.method, run, batches[0])
             for number, batch in enumerate(batches, 1):
@@ -188,10 +189,11 @@ class Trainer:
             self.recorded[share] = graphed(learn, self.parameters)
         return self.recorded[share]
 
-    def _batch(self, micro: int, generator: torch.Generator) -> Batch:
+    def _batch(self, micro: int, run: Run) -> Batch:
         config, accelerator = self.config, self.accelerator
-        number = self.step // self.updates * config.gradient_accumulation_steps + micro
-        number = number * accelerator.num_processes + accelerator.process_index
+        number, generator = self.step // self.updates * config.gradient_accumulation_steps + micro, run.common
+        if not spreads(self.method):  # each rank has examples of its own
+            number, generator = number * run.ranks + run.rank, run.generator
         return self.data.batch(number, generator, config.prompt_dropout, accelerator.device, self.step)
 
     def _run(self, policy: Policy, seed: int) -> Run:
@@ -200,7 +202,7 @@ class Trainer:
             torch.Generator().manual_seed(seed), times=self._times, score=self.score,
             reward_gradient=self.reward_gradient, gather=self.accelerator.gather, base=self.base, mean=self._mean,
             same=self.step == 0 and not self._starts_apart, step=self.step, remember=self.recall,
-            together=self.accelerator.num_processes > 1,
+            ranks=self.accelerator.num_processes, rank=self.accelerator.process_index,
         )  # fmt: skip
 
     def _held(self, micro: int, updates: int, draw: Callable[[], Any]) -> Any:

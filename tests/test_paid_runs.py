@@ -12,6 +12,8 @@ import torch
 from miniatures import FAMILIES
 from test_trainer import config, metrics, same, weights
 
+from diffalign.methods.grpo import GRPO
+from diffalign.refusals import refuse_uneven_groups
 from diffalign.rewards.base import Card
 from diffalign.startup import prepare_run
 from diffalign.trainer import train
@@ -106,11 +108,23 @@ def test_a_reward_that_fails_drops_pictures_and_not_the_run(tmp_path: Path, capl
         ("nft", {"train": "full", "reference": "frozen_copy"}, "'nft' compares with the base model under a LoRA"),
         ("ddpo", {"reward_timeout": 0}, "reward_timeout: expected seconds above 0"),
         ("grpo", {"method": {"name": "grpo", "group": 1}}, "at least 2 pictures of a prompt"),
+        (
+            "grpo",
+            {"method": {"name": "grpo", "group": 2, "spread": True, **WALK}, **WINS},
+            "method.spread: winrate compares the pictures of a prompt, and each rank has only a part",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_run(values(tmp_path, name, **changes), [])
+
+
+def test_a_group_that_ranks_cannot_share_evenly_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected method.group to be a multiple of 3, got 4"):
+        refuse_uneven_groups(GRPO(group=4, spread=True), 3)
+    refuse_uneven_groups(GRPO(group=4), 3)
+    refuse_uneven_groups(GRPO(group=6, spread=True), 3)
 
 
 def test_a_replay_that_is_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

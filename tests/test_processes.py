@@ -283,6 +283,19 @@ def test_a_killed_rank_ends_the_run_with_an_error(tmp_path: Path) -> None:
         assert not Path(f"/proc/{(tmp_path / 'pid0').read_text()}").exists(), output
 
 
+def test_two_ranks_share_a_group(tmp_path: Path, one_thread: None) -> None:
+    """Of two pictures of a prompt each rank draws one: alone none could be better than the others of its group."""
+    method = {"name": "grpo", "group": 2, "steps": 3, "guidance": 2.0, "advantage": "group", "spread": True}
+    values = config(tmp_path, cpu=True, method=method, rewards={"jpeg": 1.0}, max_train_steps=2,
+                    data={**config(tmp_path)["data"], "val_fraction": 0.0})  # fmt: skip
+    both_ranks("ddp", tmp_path, values, [[]])
+    folder = Path(values["output_dir"])
+    found = metrics(folder, "same", "grad_norm")
+    assert found["same"] == [0.0] * len(found["same"]) and min(found["grad_norm"]) > 0
+    moved = load_file(folder / WEIGHTS_NAME)
+    assert max(value.abs().max().item() for name, value in moved.items() if "lora_B" in name) > 1e-4
+
+
 def test_two_ranks_are_paid_alike(tmp_path: Path, one_thread: None) -> None:
     """Groups of pictures drawn on two ranks: what one process draws in twice the microbatches, and the same step.
 

@@ -77,7 +77,8 @@ class Run:
         same: whether policy and reference are the same weights still, as before the first step.
         step: how many optimizer steps are done.
         remember: what the fixed reference made of the same rows before, or else what `compute` makes of them now.
-        together: whether there are ranks that must call the policy equally often.
+        ranks, rank: how many processes there are, and which of them this is.
+        common: a generator of this step and microbatch that is the same on all ranks.
     """
 
     policy: Policy
@@ -95,7 +96,14 @@ class Run:
     same: bool = False
     step: int = 0
     remember: Remember = computed
-    together: bool = False
+    ranks: int = 1
+    rank: int = 0
+    common: torch.Generator = field(default_factory=torch.Generator)
+
+    @property
+    def together(self) -> bool:
+        """Whether there are ranks that must call the policy equally often."""
+        return self.ranks > 1
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,11 @@ def drawn_together(
 def updates_of(method: Method) -> int:
     """Optimizer steps on one rollout; 1 for methods that draw anew, or not at all."""
     return int(getattr(method, "updates", 1))
+
+
+def spreads(method: Method) -> bool:
+    """Whether all ranks have the same prompts, and each draws a share of every group (`diffalign.groups`)."""
+    return bool(getattr(method, "spread", False))
 
 
 def with_members(batch: Batch, *members: Tensor, conditions: Sequence[Condition] | None = None) -> Batch:

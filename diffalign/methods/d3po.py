@@ -90,7 +90,7 @@ class D3PO:
 
         def draw() -> tuple[Episodes, dict[str, Tensor]]:
             episodes = explore(run, run.policy, batch, how)
-            return with_reference(run, episodes, how), seen(episodes.scores, self.group)
+            return with_reference(run, episodes, how), seen(run, episodes.scores, how.groups)
 
         part = share(len(batch.prompts), self.updates, run.step % self.updates)
         episodes, aux = run.held(self.updates, draw)

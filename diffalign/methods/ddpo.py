@@ -36,7 +36,7 @@ class DDPO:
         advantage: batch | group | global | centre, see `diffalign.advantages`.
         combine: sum | per_reward | gdpo | pareto, of several rewards.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, at_once, store: how pictures are drawn, see
+        steps, guidance, dynamics, noise_level, group, at_once, store, spread: how pictures are drawn, see
             `diffalign.episodes.Explorer`; guidance is the same in the replay.
 
     Metrics: `reward`, `missing` (pictures without a score), `same` (of prompts whose pictures all got one score),
@@ -61,6 +61,7 @@ class DDPO:
     group: int = 1
     at_once: int = 8
     store: str = "float32"
+    spread: bool = False
 
     def __post_init__(self) -> None:
         check_positive(clip=self.clip, largest=self.largest, updates=self.updates)
@@ -74,11 +75,11 @@ class DDPO:
     @property
     def explorer(self) -> Explorer:
         return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, at_once=self.at_once,
-                        store=self.store)  # fmt: skip
+                        store=self.store, spread=self.spread)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {
-            "advantage": advantages_of(run, scores, self.group, self.advantage, self.combine, self.largest)
+            "advantage": advantages_of(run, scores, self.explorer.groups, self.advantage, self.combine, self.largest)
         })  # fmt: skip
 
     def loss(self, run: Run, batch: Noised) -> Loss:

@@ -38,7 +38,7 @@ class DPOK:
         kl_weight: w_kl; 0 saves the reference's evaluations.
         clip: c.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, at_once, store: see `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, at_once, store, spread: see `diffalign.episodes.Explorer`.
 
     Metrics: those of `ddpo`, and `kl`, the squared difference of the two predictions.
 
@@ -60,6 +60,7 @@ class DPOK:
     group: int = 1
     at_once: int = 8
     store: str = "float32"
+    spread: bool = False
 
     def __post_init__(self) -> None:
         check_positive(reward_weight=self.reward_weight, clip=self.clip, updates=self.updates)
@@ -69,11 +70,11 @@ class DPOK:
     @property
     def explorer(self) -> Explorer:
         return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, at_once=self.at_once,
-                        store=self.store)  # fmt: skip
+                        store=self.store, spread=self.spread)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {
-            "advantage": advantages_of(run, scores, self.group, "batch", "sum", torch.inf)
+            "advantage": advantages_of(run, scores, self.explorer.groups, "batch", "sum", torch.inf)
         })  # fmt: skip
 
     def loss(self, run: Run, batch: Noised) -> Loss:

@@ -45,8 +45,8 @@ class GRPO:
         advantage: global | group | centre | batch, see `diffalign.advantages`.
         combine: sum | per_reward | gdpo | pareto, of several rewards.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store: how pictures are drawn, see
-            `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store, spread: how pictures are
+            drawn, see `diffalign.episodes.Explorer`.
 
     Metrics: those of `ddpo`, and `kl`.
 
@@ -72,6 +72,7 @@ class GRPO:
     window: int = 0
     at_once: int = 8
     store: str = "float32"
+    spread: bool = False
 
     def __post_init__(self) -> None:
         check_positive(clip=self.clip, largest=self.largest, updates=self.updates)
@@ -84,11 +85,11 @@ class GRPO:
     @property
     def explorer(self) -> Explorer:
         return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, self.same_start,
-                        self.window, self.at_once, self.store)  # fmt: skip
+                        self.window, self.at_once, self.store, self.spread)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {
-            "advantage": advantages_of(run, scores, self.group, self.advantage, self.combine, self.largest)
+            "advantage": advantages_of(run, scores, self.explorer.groups, self.advantage, self.combine, self.largest)
         })  # fmt: skip
 
     def loss(self, run: Run, batch: Noised) -> Loss:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffalign.advantages import ADVANTAGES, COMBINATIONS
 from diffalign.episodes import slices
+from diffalign.groups import Group
 from diffalign.losses import squared_error
 from diffalign.losses.policy import forward_process
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run, noised_at, reference_of
@@ -49,6 +50,7 @@ class NFT:
         times: of the walk's times, how many each picture is trained at; 0 is all.
         steps, guidance, at_once: how pictures are drawn, see `diffalign.rollouts.Sampler`.
         group: pictures per prompt.
+        spread: each of several ranks draws a share of every prompt's pictures, see `diffalign.groups.Group`.
 
     Metrics: `reward`, `missing`, `same` as in `ddpo`, `optimality` r, `kl`.
 
@@ -70,6 +72,7 @@ class NFT:
     guidance: float = 1.0
     group: int = 24
     at_once: int = 8
+    spread: bool = False
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta, weight=self.weight, largest=self.largest)
@@ -80,14 +83,16 @@ class NFT:
         self._sampler()
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
-        condition, negative = (repeated(c, self.group) for c in (batch.conditions[0], batch.negative))
+        group = Group(self.group, self.spread)
+        here = group.here(run)
+        condition, negative = (repeated(c, here) for c in (batch.conditions[0], batch.negative))
         x0 = roll_out(run, reference_of(run), condition, negative, batch.shape, self._sampler()).x
-        prompts = [prompt for prompt in batch.prompts for _ in range(self.group)]
-        whole = self.group * max(1, self.at_once // self.group)
+        prompts = [prompt for prompt in batch.prompts for _ in range(here)]
+        whole = here * max(1, self.at_once // here)
         answers = [run.score(x0[rows], prompts[rows]) for rows in slices(0, len(x0), whole)]
         scores: Scores = joined([answer.result() for answer in answers])
-        found = advantages_of(run, scores, self.group, self.advantage, self.combine, self.largest)
-        aux = seen(scores, self.group) | {"optimality": found / (2 * self.largest) + 0.5, "x0": x0}
+        found = advantages_of(run, scores, group, self.advantage, self.combine, self.largest)
+        aux = seen(run, scores, group) | {"optimality": found / (2 * self.largest) + 0.5, "x0": x0}
         return [part for rows in slices(0, len(x0), self.at_once) for part in self._noised(run, rows, condition, aux)]
 
     def _noised(self, run: Run, rows: slice, condition: dict[str, Tensor], aux: dict[str, Tensor]) -> list[Noised]:

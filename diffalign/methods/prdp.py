@@ -93,7 +93,7 @@ class PRDP:
         now = episodes.log_probs if fresh else log_probs_of(run, run.policy, episodes, how)
         value, slope, pairs = self.value_and_slope(now, episodes.log_probs, reference, episodes.scores.total)
         unused = (slope == 0).float().mean(1)
-        aux = seen(episodes.scores, self.group) | {"loss": value, "pairs": pairs, "unused": unused}
+        aux = seen(run, episodes.scores, how.groups) | {"loss": value, "pairs": pairs, "unused": unused}
         steps = every_step(episodes, slice(0, len(now)), how, aux)
         return self._weighed(steps, slope, keep_all=run.together)
 

@@ -172,7 +172,7 @@ def test_ranks_that_must_call_together_call_equally_often(name: str) -> None:
     for seed in range(5):
         state, calls = run("vp", "epsilon", seed), []
         policy = state.policy
-        spied = replace(state, policy=lambda *a: calls.append(0) or policy(*a), together=True)  # noqa: B023
+        spied = replace(state, policy=lambda *a: calls.append(0) or policy(*a), ranks=2)  # noqa: B023
         rule.prepare(spied, batch(2))
         assert len(calls) == 7 * (2 if name == "smpo" else 1)
 

@@ -15,6 +15,7 @@ from toy_views import batch_for, networks, prompts, run, toy_method
 
 from diffalign.advantages import ADVANTAGES, COMBINATIONS, dominated
 from diffalign.episodes import Explorer, Replays, every_step, explore, log_probs_of
+from diffalign.groups import Group
 from diffalign.losses.policy import (
     centred_differences,
     clamped_ratio,
@@ -25,6 +26,7 @@ from diffalign.losses.policy import (
     step_preferences,
 )
 from diffalign.methods.base import Method, Run
+from diffalign.methods.paid import advantages_of, seen
 from diffalign.scores import known, scores_of
 from diffalign.transition import Gaussian
 
@@ -81,7 +83,7 @@ def test_a_replay_asks_the_network_for_as_many_pictures_as_the_rollout(name: str
     rule, sizes = toy_method({"name": name, "group": group, "at_once": at_once, "steps": 3}), []
     assert isinstance(rule, Replays)
     policy.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    state = replace(run(policy, reference), same=True, together=True)
+    state = replace(run(policy, reference), same=True, ranks=2)
     batches = rule.prepare(state, batch_for(rule, 5))
     drawn, sizes[:] = sizes[::3], []  # three steps of each part
     for batch in batches:
@@ -253,7 +255,7 @@ def test_ranks_that_must_agree_share() -> None:
     policy, reference = moved_policy()
     rule, lengths = toy_method({"name": "d3po", "mode": "pairs", "group": 4}), []
     for together in (False, True):
-        state = replace(run(policy, reference), together=together)
+        state = replace(run(policy, reference), ranks=1 + together)
         lengths.append([("pair" in batch.aux, len(batch.t)) for batch in rule.prepare(state, batch_for(rule, 2))])
     assert all(pair for pair, _ in lengths[0]) and lengths[1] == [(False, 8)] * 3
 
@@ -336,8 +338,78 @@ def test_steps_that_weigh_nothing_are_left_out_unless_ranks_must_agree() -> None
     for together, count in ((False, 3), (True, 6)):
         policy, reference = moved_policy()
         rule = toy_method({"name": "prdp", "group": 2, "at_once": 2})
-        state = replace(scored(run(policy, reference), scores), together=together)
+        state = replace(scored(run(policy, reference), scores), ranks=1 + together)
         assert len(rule.prepare(state, batch_for(rule, 2))) == count
+
+
+# -- groups that are spread over ranks --------------------------------------------------------------------------------
+
+
+def ranks_of(state: Run, given: Sequence[Tensor]) -> list[Run]:
+    """Two ranks that have these [P, 2] scores; to gather is to see both."""
+    return [replace(state, ranks=2, rank=rank, gather=lambda own: torch.cat([v.to(own) for v in given]))
+            for rank in range(2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_advantages_of_a_group_that_is_spread_are_those_of_the_whole(kind: str) -> None:
+    scores = torch.tensor([[1.0, 4.0, 2.0, 8.0], [5.0, 5.0, 5.0, 5.0], [0.0, 1.0, 0.0, torch.nan]])
+    alone = run(*networks("vp", "epsilon"))
+
+    def found(state: Run, group: Group, own: Tensor) -> Tensor:
+        told = scores_of({"toy": own.flatten()}, {"toy": 1.0})
+        return advantages_of(state, told, group, kind, "sum", torch.inf)
+
+    whole = found(alone, Group(4), scores).view(3, 4)
+    parts = list(scores.split(2, 1))
+    for rank, state in enumerate(ranks_of(alone, parts)):
+        mine = found(state, Group(4, spread=True), parts[rank]).view(3, 2)
+        assert torch.equal(mine, whole[:, 2 * rank : 2 * rank + 2])
+    assert whole.count_nonzero() > 0
+
+
+def test_rewards_that_want_the_same_agree_and_a_silent_one_does_neither() -> None:
+    one = torch.tensor([1.0, 2.0, 3.0, 5.0, 4.0, 4.0])
+    terms = {"a": one, "b": 3 * one - 1, "c": -one, "d": torch.ones(6)}
+    shown = seen(run(*networks("vp", "epsilon")), scores_of(terms, dict.fromkeys(terms, 1.0)), Group(2))
+    found = {name: value.mean().item() for name, value in shown.items() if name.startswith("agree")}
+    assert found == pytest.approx({"agree_a_b": 2 / 3, "agree_a_c": -2 / 3, "agree_a_d": 0.0, "agree_b_c": -2 / 3,
+                                   "agree_b_d": 0.0, "agree_c_d": 0.0})  # fmt: skip
+
+
+def test_a_uniform_group_is_seen_across_ranks() -> None:
+    parts = [torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [3.0]])]  # one picture of each of two prompts a rank
+    for rank, state in enumerate(ranks_of(run(*networks("vp", "epsilon")), parts)):
+        shown = seen(state, scores_of({"toy": parts[rank].flatten()}, {"toy": 1.0}), Group(2, spread=True))
+        assert shown["same"].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["ddpo", "dpok", "grpo", "nft"])
+def test_ranks_that_share_a_group_draw_other_pictures_of_the_same_prompts(name: str) -> None:
+    policy, reference = moved_policy()
+    keywords = {"advantage": "group"} if name == "ddpo" else {}
+    rule = toy_method({"name": name, "group": 4, "spread": True, **keywords})
+    drawn = []
+    for rank in range(2):
+        state = replace(run(policy, reference, seed=rank), ranks=2, rank=rank, gather=lambda own: own.repeat(2, 1))
+        batches = rule.prepare(state, batch_for(rule, 3))
+        drawn.append(torch.cat([batch.x_t for batch in batches]))
+        rows = len(drawn[0]) // (rule.steps if name == "nft" else rule.steps - 1)
+        assert rows == 3 * 2
+    assert not torch.isclose(drawn[0], drawn[1]).all(1).any()
+
+
+def test_ranks_that_share_a_group_share_its_start_and_its_window() -> None:
+    policy, reference = moved_policy()
+    how = Explorer(6, 1.0, group=2, same_start=True, window=2, spread=True, store="float32")
+    starts = []
+    for rank in range(2):
+        common = torch.Generator().manual_seed(5)
+        state = replace(run(policy, reference, seed=rank), ranks=2, rank=rank, common=common)
+        starts.append(explore(state, policy, prompts(3), replace(how, group=1)))
+    assert torch.equal(starts[0].times, starts[1].times)
+    assert torch.equal(starts[0].states[:, 0], starts[1].states[:, 0])
+    assert not torch.isclose(starts[0].x, starts[1].x).all(1).any()
 
 
 # -- NFT ---------------------------------------------------------------------------------------------------------------
