@@ -15,6 +15,8 @@ from diffalign.groups import Group
 from diffalign.methods.base import Batch, Noised, Run, reference_of
 from diffalign.scores import Scores
 
+SHOWN = ("reward", "missing", "same", "agree")  # how the names of what `seen` logs begin
+
 
 def advantages_of(run: Run, scores: Scores, group: Group, kind: str, combination: str, largest: float) -> Tensor:
     """[R] of R scores: a row of ADVANTAGES under a row of COMBINATIONS, cut to +-largest."""
@@ -69,9 +71,7 @@ def agreement(run: Run, scores: Scores, group: Group) -> dict[str, Tensor]:
 
 def logged(batch: Noised) -> dict[str, Tensor]:
     """Those of `seen`, out of a microbatch."""
-    return {
-        name: value for name, value in batch.aux.items() if name.split("_")[0] in ("reward", "missing", "same", "agree")
-    }
+    return {name: value for name, value in batch.aux.items() if name.split("_")[0] in SHOWN}
 
 
 def with_reference(run: Run, episodes: Episodes, how: Explorer) -> Episodes:
