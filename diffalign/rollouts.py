@@ -56,8 +56,9 @@ def roll_out(
     *,
     times: Tensor | None = None,
     record: bool = False,
+    noise: Tensor | None = None,
 ) -> Trajectory:
-    """Walks of `policy` for the N rows of a condition, from noise [N, *shape] of `run.generator`.
+    """Walks of `policy` for the N rows of a condition, from noise [N, *shape], of `run.generator` if not given.
 
     Args:
         negative: of the empty prompt, N rows; not looked at where guidance is 1.
@@ -66,7 +67,7 @@ def roll_out(
     """
     some = next(iter(condition.values()))
     count, device = len(some), some.device
-    noise = moved(torch.randn(count, *shape, generator=run.generator), device)
+    noise = moved(torch.randn(count, *shape, generator=run.generator) if noise is None else noise, device)
     seeds = torch.randint(2**62, (count,), generator=run.generator).tolist() if sampler.eta else []
     times = run.times(sampler.steps) if times is None else times
     parts = []

@@ -33,7 +33,7 @@ from diffalign.methods.checks import check_choice, check_group, check_not_negati
 from diffalign.methods.paid import advantages_of, logged, seen
 from diffalign.process import endpoints, moved
 from diffalign.rollouts import Sampler, repeated, roll_out
-from diffalign.scores import Scores, joined
+from diffalign.scores import joined
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,14 @@ class NFT:
         group = Group(self.group, self.spread)
         here = group.here(run)
         condition, negative = (repeated(c, here) for c in (batch.conditions[0], batch.negative))
-        x0 = roll_out(run, reference_of(run), condition, negative, batch.shape, self._sampler()).x
         prompts = [prompt for prompt in batch.prompts for _ in range(here)]
-        whole = here * max(1, self.at_once // here)
-        answers = [run.score(x0[rows], prompts[rows]) for rows in slices(0, len(x0), whole)]
-        scores: Scores = joined([answer.result() for answer in answers])
+        noise, drawn, answers = torch.randn(len(prompts), *batch.shape, generator=run.generator), [], []
+        for rows in slices(0, len(prompts), here * max(1, self.at_once // here)):  # whole prompts, as rewards see them
+            told, away = ({name: value[rows] for name, value in c.items()} for c in (condition, negative))
+            walk = roll_out(run, reference_of(run), told, away, batch.shape, self._sampler(), noise=noise[rows])
+            drawn.append(walk.x)
+            answers.append(run.score(walk.x, prompts[rows]))  # while the next are drawn
+        x0, scores = torch.cat(drawn), joined([answer.result() for answer in answers])
         found = advantages_of(run, scores, group, self.advantage, self.combine, self.largest)
         aux = seen(run, scores, group) | {"optimality": found / (2 * self.largest) + 0.5, "x0": x0}
         return [part for rows in slices(0, len(x0), self.at_once) for part in self._noised(run, rows, condition, aux)]

@@ -342,6 +342,29 @@ def test_steps_that_weigh_nothing_are_left_out_unless_ranks_must_agree() -> None
         assert len(rule.prepare(state, batch_for(rule, 2))) == count
 
 
+@pytest.mark.parametrize("name", ["ddpo", "nft"])
+def test_pictures_are_scored_while_the_next_ones_are_drawn(name: str) -> None:
+    policy, reference = networks("vp", "epsilon")
+    state, seen_so_far, calls = run(policy, reference), [], [0]
+
+    def counted(network: Denoiser) -> Any:
+        def predict(*args: Any) -> Tensor:
+            calls[0] += 1
+            return network(*args)
+
+        return predict
+
+    def score(latents: Tensor, prompts: Sequence[str]) -> Any:
+        seen_so_far.append((calls[0], list(prompts)))
+        return known(scores_of({"toy": torch.arange(float(len(prompts)))}, {"toy": 1.0}))
+
+    rule = toy_method({"name": name, "group": 2, "at_once": 4, "guidance": 1.0})
+    batch = batch_for(rule, 6)
+    rule.prepare(replace(state, policy=counted(policy), reference=counted(reference), score=score), batch)
+    assert [count for count, _ in seen_so_far] == [rule.steps, 2 * rule.steps, 3 * rule.steps]
+    assert [p for _, prompts in seen_so_far for p in prompts] == [p for p in batch.prompts for _ in range(2)]
+
+
 # -- groups that are spread over ranks --------------------------------------------------------------------------------
 
 
