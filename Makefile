@@ -15,7 +15,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid league clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid league league-paid clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -49,6 +49,10 @@ bench-rewards: .venv/installed
 # every method on every shipped model; resumable, hours on a CPU
 league: .venv/installed
 	$(BIN)/python -m benchmarks.league
+
+# methods that are paid by a reward, at a larger budget; resumable, days on a CPU
+league-paid: .venv/installed
+	$(BIN)/python -m benchmarks.league_paid
 
 # inversion in batches against one picture at a time, on the CPU
 bench-inversion: .venv/installed

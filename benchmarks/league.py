@@ -133,14 +133,16 @@ class Trained:
     metrics: dict[str, float]
 
 
-def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> Trained:
-    """A run of so many steps, in an empty folder.
+def trained(config: str, changes: Sequence[str], steps: int, folder: Path, *, goes_on: bool = False) -> Trained:
+    """A run of so many steps, in an empty folder, or from its latest checkpoint if there is one and it `goes_on`.
 
     Raises:
         SystemExit: it was stopped by a signal, which a run obeys in its own time: it is no row.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    prepared = prepare_run(config, [*changes, f"output_dir={folder}", f"max_train_steps={steps}"])
+    if not goes_on:
+        shutil.rmtree(folder, ignore_errors=True)
+    latest = ["resume_from_checkpoint=latest"] if any(folder.glob("checkpoint-*")) else []
+    prepared = prepare_run(config, [*changes, f"output_dir={folder}", f"max_train_steps={steps}", *latest])
     counter, start = Counter(prepared.pipe.network), time.perf_counter()
     run = Trainer(prepared).fit()
     if run.interrupted:
@@ -151,10 +153,14 @@ def trained(config: str, changes: Sequence[str], steps: int, folder: Path) -> Tr
 
 @dataclass(frozen=True)
 class Probe:
-    """What three steps show of a row: how many fit the budget, and a mark that other numerics would not leave."""
+    """What three steps show of a row: how many fit the budget, what they cost, a mark that other numerics do not leave.
+
+    `evaluations` are of all those steps.
+    """
 
     steps: int
     mark: dict[str, float]
+    evaluations: int = 0
 
     def agrees(self, mark: Mapping[str, float]) -> bool:
         """Whether an earlier probe left the same mark, up to rounding."""
@@ -163,12 +169,14 @@ class Probe:
         )
 
 
-def probed(config: str, changes: Sequence[str], folder: Path) -> Probe:
+def probed(config: str, changes: Sequence[str], folder: Path, budget: int = BUDGET) -> Probe:
     """One step, then three."""
     one, three = (trained(config, [*changes, "logging_steps=1"], steps, folder) for steps in (1, 3))
     shutil.rmtree(folder, ignore_errors=True)
-    steps = max(1, int((BUDGET - one.evaluations) / ((three.evaluations - one.evaluations) / 2)) + 1)
-    return Probe(steps, {"evaluations": three.evaluations} | {k: three.metrics[k] for k in ("loss", "grad_norm")})
+    each = (three.evaluations - one.evaluations) / 2
+    steps = max(1, int((budget - one.evaluations) / each) + 1)
+    mark = {"evaluations": three.evaluations} | {k: three.metrics[k] for k in ("loss", "grad_norm")}
+    return Probe(steps, mark, round(one.evaluations + (steps - 1) * each))
 
 
 def held_out() -> list[Scene]:
@@ -176,14 +184,14 @@ def held_out() -> list[Scene]:
     return [parse(prompt.text) for prompt in read_prompts(str(asset("prompts/shapes-heldout.jsonl")))[:DRAWS]]
 
 
-def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
+def drawn(model: str, lora: Path | None, scenes: Sequence[Scene], steps: int = 20) -> Drawn:
     """The held-out pictures of a model."""
     pipe = loaded(model)
     if lora:
         load_lora(pipe, lora)
     prompts = [str(scene) for scene in scenes]
     seeds = range(SEED_OF_DRAWS, SEED_OF_DRAWS + len(prompts))
-    pixels = generate(pipe, prompts, seeds=seeds, batch_size=60, guidance_scale=GUIDANCE_SCALE)
+    pixels = generate(pipe, prompts, seeds=seeds, steps=steps, batch_size=60, guidance_scale=GUIDANCE_SCALE)
     pictures = to_pictures(pixels)
     passed = [int(verify(np.asarray(p), s).ok) for p, s in zip(pictures, scenes, strict=True)]
     with torch.no_grad():
@@ -191,7 +199,9 @@ def drawn(model: str, lora: Path | None, scenes: Sequence[Scene]) -> Drawn:
     return Drawn(pixels, passed, learned)
 
 
-def keys_of(config: str, changes: Sequence[str], model: str, method: str) -> dict[str, str]:
+def keys_of(
+    config: str, changes: Sequence[str], model: str, method: str, budget: int = BUDGET
+) -> dict[str, str]:  # fmt: skip
     """Hashes of a row's config with the model and its data, and of the code of a run.
 
     Folders do not count, and no key that has its default, so that a new key of configs leaves rows as they are.
@@ -199,7 +209,7 @@ def keys_of(config: str, changes: Sequence[str], model: str, method: str) -> dic
     plain = as_dict(load_config({"pretrained_model_name_or_path": model}))
     told = {name: value for name, value in as_dict(load_config(config, changes)).items() if value != plain[name]}
     values = {name: value for name, value in told.items() if name not in ("output_dir", "cache_dir", "data")}
-    values |= {"from": settings(model), "budget": BUDGET}
+    values |= {"from": settings(model), "budget": budget}
     modules = [f"diffalign.{name}" for name in CODE] + [resolve(METHODS, method, "method").__module__]
     sources = [inspect.getsource(__import__(name, fromlist=["x"])) for name in modules]
     texts = {"config": json.dumps(values, sort_keys=True, default=str), "code": "\n".join(sources)}

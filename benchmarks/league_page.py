@@ -62,7 +62,7 @@ def write_page(folder: Path, scenes: Sequence[Scene]) -> None:
     parts = [HEAD.format(paid=", ".join(PAID))]
     for model in MODELS:
         lines = [_line(entry) for entry in table if entry["model"] == model]
-        parts += [f"## {model}\n\n", _row(COLUMNS), _row(["---"] * len(COLUMNS)), *lines, "\n"]
+        parts += [f"## {model}\n\n", table_row(COLUMNS), table_row(["---"] * len(COLUMNS)), *lines, "\n"]
     write_text(folder / "README.md", "".join(parts))
 
 
@@ -82,7 +82,7 @@ def _of_model(model: str, rows: Sequence[dict[str, Any]], categories: np.ndarray
 def _entry(
     model: str, method: str, rows: Sequence[dict[str, Any]], base: dict[str, Any], categories: np.ndarray
 ) -> dict[str, Any]:
-    marks, before = np.array([_numbers(row["passed"]) for row in rows]), _numbers(base["passed"])
+    marks, before = np.array([numbers(row["passed"]) for row in rows]), numbers(base["passed"])
     gain = mean_gain(before, marks.mean(0), np.random.default_rng(0))
     whole = bootstrap_mean(marks.mean(0), np.random.default_rng(0))
     entry: dict[str, Any] = {
@@ -106,12 +106,12 @@ def _category(marks: np.ndarray) -> dict[str, float]:
 
 def _line(entry: dict[str, Any]) -> str:
     if "pass_rate" not in entry:
-        return _row([entry["method"], "not run", *[""] * (len(COLUMNS) - 2)])
+        return table_row([entry["method"], "not run", *[""] * (len(COLUMNS) - 2)])
     base = entry["method"] == "base"
     low, high = (100 * value for value in entry["gain_ci95"])
     shown = [f"{100 * part['rate']:.1f} ({100 * part['low']:.0f}-{100 * part['high']:.0f})"
              for part in entry["per_category"].values()]  # fmt: skip
-    return _row([
+    return table_row([
         entry["method"], "" if base else " ".join(map(str, entry["seeds"])), f"{100 * entry['pass_rate']:.1f}",
         "" if base else f"{100 * entry['gain']:+.1f} [{low:+.1f}, {high:+.1f}]", *shown, f"{entry['learned']:.2f}",
         *([""] * 4 if base else [f"{entry['drift']:.3f}", f"{entry['steps']:.0f}",
@@ -119,9 +119,11 @@ def _line(entry: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _numbers(marks: str) -> np.ndarray:
+def numbers(marks: str) -> np.ndarray:
+    """One number a caption, of "0110..."."""
     return np.array([float(mark) for mark in marks])
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |\n"
