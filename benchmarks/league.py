@@ -58,6 +58,7 @@ SEED_OF_DRAWS = 90_000
 OWN = {"dcpo": ["method.perturber=null"]}  # the data say what losers show, which the shipped pairs do not
 DRAWN = (DRAWS, GUIDANCE_SCALE, SEED_OF_DRAWS)  # how held-out pictures are drawn
 ROWS = Path("docs/league/rows")
+CACHE = "cache"  # of a model's latents and embeddings, beside its runs
 CODE = (
     "losses",
     "process",
@@ -112,7 +113,7 @@ def overrides(model: str, method: str, seed: int, data: Path, folder: Path) -> l
         f"max_sequence_length={T5_TOKENS.get(model, 'null')}",
         f"data={{name: jsonl, path: {file}, val_fraction: 0}}",
         f"output_dir={folder}",
-        f"cache_dir={data.parent / 'cache'}",
+        f"cache_dir={data.parent / CACHE}",
         f"seed={seed}",
         "validation_prompts=[]",
         "validation_steps=null",
@@ -141,6 +142,8 @@ def trained(config: str, changes: Sequence[str], steps: int, folder: Path, *, go
     """
     if not goes_on:
         shutil.rmtree(folder, ignore_errors=True)
+        for walked in (folder.parent / CACHE).glob("trajectories-*"):  # a row pays for its own
+            shutil.rmtree(walked)
     latest = ["resume_from_checkpoint=latest"] if any(folder.glob("checkpoint-*")) else []
     prepared = prepare_run(config, [*changes, f"output_dir={folder}", f"max_train_steps={steps}", *latest])
     counter, start = Counter(prepared.pipe.network), time.perf_counter()

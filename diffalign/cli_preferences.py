@@ -103,6 +103,10 @@ def judge(
     export: Annotated[
         Path | None, typer.Option(help="Serve nothing; write what was chosen as preferences, to a .jsonl file.")
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="PATH is the folder of a run's reward human: judge what it draws, as it comes."),
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="With --export: one record per group, the mean of its judges.")
     ] = False,
@@ -122,7 +126,7 @@ def judge(
         if merge and not export:
             raise ValueError("--merge goes with --export: it is how choices are written, not how they are made")
         if export:
-            result = command.export_choices(place, export, judge, merge)
+            result = command.export_choices(place, export, judge, merge, watch)
         else:
-            result = command.judge_pictures(place, command.Serving(judge, host, port, seed, browser))
+            result = command.judge_pictures(place, command.Serving(judge, host, port, seed, browser, watch))
     show(result, as_json)

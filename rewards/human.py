@@ -104,7 +104,7 @@ class Human:
         keys, told = {group.key for group in found.groups}, False
         while left := keys - judged_by(store.choices(), self.judges):
             if not told:
-                log.warning("%d prompts wait to be judged: diffalign judge %s", len(left), folder)
+                log.warning("%d prompts wait to be judged: diffalign judge %s --watch", len(left), self.folder)
                 told = True
             self.wait()
         rows = preferences(store.choices(), found.groups, merge=True)

@@ -21,6 +21,7 @@ from PIL import Image
 from diffalign.data.readers import read_jsonl
 from diffalign.data.records import BrokenRow, PreferenceRecord
 from diffalign.judging.command import Place, export_choices
+from diffalign.judging.following import Following
 from diffalign.judging.groups import Group, read_groups
 from diffalign.judging.server import build_app, listen, web_server
 from diffalign.judging.session import Session
@@ -70,7 +71,7 @@ def exported(folder: Path, judge: str | None = None, merge: bool = False) -> lis
 
 
 @contextlib.contextmanager
-def answering(session: Session, judge: str | None = None) -> Iterator[str]:
+def answering(session: Session | Following, judge: str | None = None) -> Iterator[str]:
     """The address of a server in a thread."""
     server = web_server(build_app(session, judge, "pictures", "diffalign judge pictures --export p.jsonl", "127.0.0.1"))
     with listen("127.0.0.1", 0) as opened:

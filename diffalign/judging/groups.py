@@ -53,6 +53,15 @@ class Found:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
+def together(found: Sequence[Found]) -> Found:
+    """What was found in several folders, as one."""
+    return Found(
+        [group for one in found for group in one.groups],
+        [row for one in found for row in one.broken],
+        sum((Counter(one.counts) for one in found), Counter()),
+    )
+
+
 def _whole(group: Group) -> Iterator[Group]:
     yield group
 

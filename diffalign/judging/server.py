@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from diffalign.judging.following import Following
 from diffalign.judging.session import Session, named
 from diffalign.manifests import Entry
 from diffalign.pages import templates
@@ -33,7 +34,7 @@ HEADERS = {  # the page is all that it needs, and nothing may stand in a frame a
 }
 KEPT = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
 BYE = 2  # seconds for answers under way when the server is told to stop
-ACTIONS: dict[str, Callable[[Session, str, Mapping[str, Any]], dict[str, Any]]] = {
+ACTIONS: dict[str, Callable[[Session | Following, str, Mapping[str, Any]], dict[str, Any]]] = {
     "look": lambda session, judge, said: session.look(judge),
     "choose": lambda session, judge, said: session.choose(judge, *_answer(said)),
     "undo": lambda session, judge, said: session.undo(judge),
@@ -41,7 +42,7 @@ ACTIONS: dict[str, Callable[[Session, str, Mapping[str, Any]], dict[str, Any]]] 
 }
 
 
-def build_app(session: Session, judge: str | None, place: str, export: str, host: str) -> Starlette:
+def build_app(session: Session | Following, judge: str | None, place: str, export: str, host: str) -> Starlette:
     """The page of a session.
 
     Args:
@@ -59,7 +60,12 @@ def build_app(session: Session, judge: str | None, place: str, export: str, host
     ]
     app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
     app.state.session, app.state.judge = session, judge
-    app.state.page = {"ask": session.ask, "place": place, "export": export, "of": len(session.groups)}
+    app.state.page = {
+        "ask": session.ask,
+        "place": place,
+        "export": export,
+        "of": None if session.groups is None else len(session.groups),
+    }
     return app
 
 
@@ -99,7 +105,7 @@ async def act(request: Request) -> Response:
         said = await request.json()
         if not isinstance(said, dict):
             raise ValueError(f"expected an object, got {type(said).__name__}")
-        session: Session = request.app.state.session
+        session: Session | Following = request.app.state.session
         return JSONResponse(await run_in_threadpool(action, session, named(said.get("judge")), said), headers=HEADERS)
     except ValueError as error:
         return JSONResponse({"error": str(error)}, 400)

@@ -40,7 +40,10 @@ class Session:
         return {sha256: entry for group in self.groups for sha256, entry in group.pictures.items()}
 
     def look(self, judge: str, at: str | None = None) -> dict[str, Any]:
-        """How far a judge is and the group to judge: `at`, or the first without an answer; None at the end."""
+        """How far a judge is and the group to judge: `at`, or the first without an answer; None at the end.
+
+        `waiting` is whether more groups are to come.
+        """
         said = {choice.group: choice.verdict for choice in self._said(judge)}
         left = [key for key in self.by_key if key not in said]
         turn = [at, *(key for key in left if key != at)] if at else left
@@ -53,6 +56,8 @@ class Session:
             "skipped": counts[SKIP],
             "group": self._shown(turn[0], judge) if turn else None,
             "ahead": self._shown(turn[1], judge)["pictures"] if turn[1:] else [],
+            "ask": self.ask,
+            "waiting": False,
         }
 
     def choose(self, judge: str, group: str, verdict: str, picks: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 import pytest
 from judging_helpers import answering, program, save_groups, session_of
 
+from diffalign.judging.command import Place, following
+
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
@@ -87,6 +89,29 @@ def browser(profile: Path) -> Iterator[Page]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_groups(tmp_path / "pictures", PROMPTS)
+
+
+def test_the_page_of_a_run_waits_and_shows_what_is_drawn_next(tmp_path: Path) -> None:
+    run = tmp_path / "people"
+    run.mkdir()
+    with answering(following(Place(str(run)), 0)) as url, browser(tmp_path / "profile") as page:
+        page.open(url, "Ada")
+        page.until(lambda: page.part("over").text == "Waiting for the next pictures")
+        for number, (name, ask) in enumerate((("x", "best"), ("y", "order")), 1):
+            Place(str(save_groups(run / name, PROMPTS[number : number + 1], first=60 * number)), ask=ask).open()
+            page.at(f"{number - 1} of {number}")
+            assert page.part("prompt").text == PROMPTS[number]
+            assert ("Then the next best" in page.part("ask").text) == (ask == "order")
+            page.press("1")
+            if ask == "order":
+                page.press("2")
+            page.until(lambda: page.part("over").is_displayed())
+        page.until(lambda: page.part("progress").text == "2 of 2")
+        assert page.part("over").text == "Waiting for the next pictures"
+        page.press("u")
+        page.at("1 of 2")
+        assert page.part("prompt").text == PROMPTS[2]
+        page.driver.save_screenshot(str(tmp_path / "undone.png"))
 
 
 def test_judging_with_keys_undoing_closing_everything_and_going_on(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_call_waits_for_people_and_gives_their_votes(tmp_path: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         scores = reward(PICTURES, PROMPTS).tolist()
     assert scores == [0, 0.5, 0.5, 0.75, 0.25]
-    assert caplog.text.count("2 prompts wait to be judged: diffalign judge") == 1
+    assert caplog.text.count(f"2 prompts wait to be judged: diffalign judge {tmp_path} --watch") == 1
 
 
 def test_a_run_that_was_killed_finds_what_was_said(tmp_path: Path) -> None:
