@@ -38,8 +38,8 @@ class Following:
         return next(reversed(self.sessions.values())).ask if self.sessions else self.asked
 
     @property
-    def groups(self) -> None:
-        """How many there will be is not known."""
+    def count(self) -> None:
+        """How many groups there will be is not known."""
         return None
 
     @property

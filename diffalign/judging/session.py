@@ -29,6 +29,11 @@ class Session:
     ask: str
     seed: int = 0
 
+    @property
+    def count(self) -> int:
+        """How many groups there are to judge."""
+        return len(self.groups)
+
     @functools.cached_property
     def by_key(self) -> Mapping[str, Group]:
         """Key -> group, in order."""

@@ -76,7 +76,7 @@ class D3PO:
         check_group(self.group)
         if not 0 < self.clip < 1:
             raise ValueError(f"method.clip: expected a number between 0 and 1, got {self.clip}")
-        self.explorer  # noqa: B018  checks its own
+        _ = self.explorer  # checks its own
 
     @property
     def explorer(self) -> Explorer:

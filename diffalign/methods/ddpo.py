@@ -70,7 +70,7 @@ class DDPO:
         if self.group == 1 and self.advantage != "batch":
             raise ValueError(f"method.advantage: {self.advantage} compares the pictures of a prompt, and method.group "
                              f"is 1: draw two or more, or set advantage: batch")  # fmt: skip
-        self.explorer  # noqa: B018  checks its own
+        _ = self.explorer  # checks its own
 
     @property
     def explorer(self) -> Explorer:

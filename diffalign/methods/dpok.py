@@ -65,7 +65,7 @@ class DPOK:
     def __post_init__(self) -> None:
         check_positive(reward_weight=self.reward_weight, clip=self.clip, updates=self.updates)
         check_not_negative(kl_weight=self.kl_weight)
-        self.explorer  # noqa: B018  checks its own
+        _ = self.explorer  # checks its own
 
     @property
     def explorer(self) -> Explorer:

@@ -80,7 +80,7 @@ class GRPO:
         check_choice("advantage", self.advantage, ADVANTAGES)
         check_choice("combine", self.combine, COMBINATIONS)
         check_group(self.group)
-        self.explorer  # noqa: B018  checks its own
+        _ = self.explorer  # checks its own
 
     @property
     def explorer(self) -> Explorer:

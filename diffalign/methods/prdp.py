@@ -74,7 +74,7 @@ class PRDP:
         check_positive(beta=self.beta, clip=self.clip, updates=self.updates)
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_group(self.group)
-        self.explorer  # noqa: B018  checks its own
+        _ = self.explorer  # checks its own
 
     @property
     def explorer(self) -> Explorer:
