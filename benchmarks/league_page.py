@@ -29,7 +29,7 @@ from the base model's picture of the same noise, in [0, 1]. Time is of training 
 Settings are those of configs/tiny-sd on every model, chosen on validation captions of tiny-sd (`python -m
 benchmarks.league_tune`, the same budget). Two kinds of methods are not here: ppd needs users and wins by each one's own
 taste, `python -m benchmarks.ppd`; those that are paid by a reward need a larger budget and have [a league of their
-own](paid/README.md). tiny-sd3 is given 32 tokens of T5 (`max_sequence_length`), with which it takes a third of the time.
+own](paid/README.md). tiny-sd3 is given 32 tokens of T5 (`max_sequence_length`): it takes a third of the time then.
 
 Read it with this in mind. The pictures are each model's own, drawn at guidance 3, best of four. To imitate them
 teaches guidance a second time: SFT on tiny-sd loses with them and stays where it was (-0.6 [-3.3, 2.2] on 360

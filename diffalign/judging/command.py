@@ -114,7 +114,7 @@ def judge_pictures(place: Place, serving: Serving) -> Result:
     session = following(place, serving.seed) if serving.watch else _session(place, serving.seed)
     with server.listen(serving.host, serving.port) as opened:
         url = _address(serving.host, opened.getsockname()[1])
-        many = "pictures as they come" if session.groups is None else f"{len(session.groups)} groups"
+        many = "pictures as they come" if session.count is None else f"{session.count} groups"
         log.info(
             "%s to judge: open %s and stop with Ctrl-C; choices go to %s", many, url, _databases(place, serving.watch)
         )

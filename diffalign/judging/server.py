@@ -60,12 +60,7 @@ def build_app(session: Session | Following, judge: str | None, place: str, expor
     ]
     app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
     app.state.session, app.state.judge = session, judge
-    app.state.page = {
-        "ask": session.ask,
-        "place": place,
-        "export": export,
-        "of": None if session.groups is None else len(session.groups),
-    }
+    app.state.page = {"ask": session.ask, "place": place, "export": export, "of": session.count}
     return app
 
 

@@ -33,7 +33,7 @@ def following(run: Path) -> Following:
 def test_what_a_run_draws_next_is_there_at_the_next_look(tmp_path: Path) -> None:
     page = following(tmp_path)
     empty = page.look("Ada")
-    assert empty["waiting"] and empty["group"] is None and empty["of"] == 0 and page.groups is None
+    assert empty["waiting"] and empty["group"] is None and empty["of"] == 0 and page.count is None
     rollout(tmp_path, "b", ["a cat", "a dog"], 0)
     assert page.look("Ada")["of"] == 2
     choose(page.sessions[tmp_path / "b"], "Ada")
