@@ -110,7 +110,10 @@ WALK = {"steps": 4, "guidance": 2.0, "at_once": 4}
 DRAWN = [  # what each of them does in a step depends on nothing but its keywords
     {"name": "d3po", "group": 3, **WALK},
     {"name": "d3po", "group": 3, "mode": "pairs", "updates": 2, **WALK},
+    {"name": "d3po", "group": 3, "mode": "pairs", "window": 2, **WALK},
     {"name": "prdp", "group": 3, "updates": 2, "clip": 1e9, **WALK},
+    {"name": "prdp", "group": 2, "window": 1, "clip": 1e9, **WALK},
+    {"name": "ddpo", "group": 2, "window": 2, **WALK},
     {"name": "ddpo", "group": 2, "updates": 2, **WALK},
     {"name": "dpok", "group": 1, **WALK},
     {"name": "grpo", "group": 3, "kl_weight": 0.1, **WALK},

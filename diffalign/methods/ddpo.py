@@ -36,7 +36,7 @@ class DDPO:
         advantage: batch | group | global | centre, see `diffalign.advantages`.
         combine: sum | per_reward | gdpo | pareto, of several rewards.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, at_once, store, spread: how pictures are drawn, see
+        steps, guidance, dynamics, noise_level, group, window, at_once, store, spread: how pictures are drawn, see
             `diffalign.episodes.Explorer`; guidance is the same in the replay.
 
     Metrics: `reward`, `missing` (pictures without a score), `same` (of prompts whose pictures all got one score),
@@ -59,6 +59,7 @@ class DDPO:
     dynamics: str = "auto"
     noise_level: float | None = None
     group: int = 1
+    window: int = 0
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -74,8 +75,8 @@ class DDPO:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, at_once=self.at_once,
-                        store=self.store, spread=self.spread)  # fmt: skip
+        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group,
+                        window=self.window, at_once=self.at_once, store=self.store, spread=self.spread)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {

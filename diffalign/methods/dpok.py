@@ -38,7 +38,8 @@ class DPOK:
         kl_weight: w_kl; 0 saves the reference's evaluations.
         clip: c.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, at_once, store, spread: see `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, window, at_once, store, spread: see
+            `diffalign.episodes.Explorer`.
 
     Metrics: those of `ddpo`, and `kl`, the squared difference of the two predictions.
 
@@ -58,6 +59,7 @@ class DPOK:
     dynamics: str = "auto"
     noise_level: float | None = None
     group: int = 1
+    window: int = 0
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -69,8 +71,8 @@ class DPOK:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, at_once=self.at_once,
-                        store=self.store, spread=self.spread)  # fmt: skip
+        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group,
+                        window=self.window, at_once=self.at_once, store=self.store, spread=self.spread)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {

@@ -46,7 +46,8 @@ class PRDP:
         clip: c, per step; the paper has 1e-6 for ten updates on a rollout and 1e-4 for one.
         reduction: mean | sum of the steps.
         updates: optimizer steps on one rollout, K.
-        steps, guidance, dynamics, noise_level, group, at_once, store: see `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store: how pictures are drawn, see
+            `diffalign.episodes.Explorer`.
 
     Metrics: `reward`, `missing`, `same` as in `ddpo`; `pairs` of a prompt; `unused`, the share of steps whose weight is
     exactly 0.
@@ -67,6 +68,8 @@ class PRDP:
     dynamics: str = "auto"
     noise_level: float | None = None
     group: int = 8
+    same_start: bool = False
+    window: int = 0
     at_once: int = 8
     store: str = "float32"
 
@@ -78,8 +81,8 @@ class PRDP:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, at_once=self.at_once,
-                        store=self.store)  # fmt: skip
+        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, self.same_start,
+                        self.window, self.at_once, self.store)  # fmt: skip
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         how = self.explorer

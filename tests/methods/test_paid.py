@@ -120,6 +120,19 @@ def test_groups_start_from_one_noise_if_asked_and_differ_all_the_same() -> None:
     assert len(apart.states[:, 0].unique(dim=0)) == 6
 
 
+@pytest.mark.parametrize("name", REPLAYING)
+def test_every_method_that_replays_learns_from_a_window_alone(name: str) -> None:
+    policy, reference = moved_policy()
+    rule = toy_method({"name": name, "group": 2, "window": 2, "at_once": 8})
+    state = run(policy, reference)
+    batches = rule.prepare(state, batch_for(rule, 4))
+    assert isinstance(rule, Replays) and len({float(batch.t[0]) for batch in batches}) == 2 < rule.steps - 1
+    for batch in batches:
+        again = rule.explorer.law(state, policy, batch).log_prob(batch.y)
+        assert torch.allclose(again, batch.aux["log_prob"]) == (name != "d3po")  # its is the reference's
+        assert rule.loss(state, batch).value.isfinite().all()
+
+
 def test_a_window_is_random_in_the_first_half_alone() -> None:
     policy, reference = networks("flow", "flow")
     starts = set()
