@@ -60,11 +60,29 @@ def write_page(folder: Path, scenes: Sequence[Scene]) -> None:
     categories = np.array([scene.category for scene in scenes])
     table = [entry for model in MODELS for entry in _of_model(model, rows, categories)]
     write_json(folder / "league.json", table, indent=1)
-    parts = [HEAD]
+    parts = [HEAD, _verdicts(table)]
     for model in MODELS:
         lines = [_line(entry) for entry in table if entry["model"] == model]
         parts += [f"## {model}\n\n", table_row(COLUMNS), table_row(["---"] * len(COLUMNS)), *lines, "\n"]
     write_text(folder / "README.md", "".join(parts))
+
+
+def _verdicts(table: Sequence[dict[str, Any]]) -> str:
+    """On how many models each method beats the base with its interval above 0."""
+    ran: dict[str, list[str]] = {}
+    above: dict[str, list[str]] = {}
+    for entry in table:
+        if entry["method"] != "base" and "gain" in entry:
+            ran.setdefault(entry["method"], []).append(entry["model"])
+            above.setdefault(entry["method"], []).extend([entry["model"]] * (entry["gain_ci95"][0] > 0))
+    if not ran:
+        return ""
+    twice = [name for name, models in above.items() if len(models) > 1]
+    once = [f"{name} ({models[0]} of {', '.join(ran[name])})" for name, models in above.items() if len(models) == 1]
+    never = [f"{name} ({', '.join(ran[name])})" for name, models in above.items() if not models]
+    said = {"two models or more": twice, "one of those that they ran on": once, "none of them": never}
+    lines = [f"- on {where}: {', '.join(names) or 'no method'}\n" for where, names in said.items()]
+    return "The gain over the base has its interval above 0\n\n" + "".join(lines) + "\n"
 
 
 def _of_model(model: str, rows: Sequence[dict[str, Any]], categories: np.ndarray) -> list[dict[str, Any]]:

@@ -102,6 +102,8 @@ def test_the_page_names_what_has_not_run(runs: Runs, tmp_path: Path) -> None:
     row(tmp_path)
     write_page(tmp_path, SCENES)
     lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "- on one of those that they ran on: dpo (tiny-sd of tiny-sd)" in lines
+    assert "- on none of them: no method" in lines
     [dpo] = [line for line in lines if line.startswith("| dpo |") and "not run" not in line]
     assert (
         "100.0" in dpo
