@@ -60,14 +60,14 @@ def write_page(folder: Path, scenes: Sequence[Scene]) -> None:
     categories = np.array([scene.category for scene in scenes])
     table = [entry for model in MODELS for entry in _of_model(model, rows, categories)]
     write_json(folder / "league.json", table, indent=1)
-    parts = [HEAD, _verdicts(table)]
+    parts = [HEAD, verdicts(table)]
     for model in MODELS:
         lines = [_line(entry) for entry in table if entry["model"] == model]
         parts += [f"## {model}\n\n", table_row(COLUMNS), table_row(["---"] * len(COLUMNS)), *lines, "\n"]
     write_text(folder / "README.md", "".join(parts))
 
 
-def _verdicts(table: Sequence[dict[str, Any]]) -> str:
+def verdicts(table: Sequence[dict[str, Any]]) -> str:
     """On how many models each method beats the base with its interval above 0."""
     ran: dict[str, list[str]] = {}
     above: dict[str, list[str]] = {}

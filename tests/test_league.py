@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import league
 from benchmarks.league import BUDGET, Drawn, Probe, Trained, method_row, probed
-from benchmarks.league_page import write_page
+from benchmarks.league_page import MODELS, verdicts, write_page
 from diffalign.shapes.grammar import sample_scenes
 from diffalign.trainer import RunResult
 
@@ -97,13 +97,24 @@ def test_a_mark_agrees_up_to_rounding() -> None:
     assert not probe.agrees({"loss": 0.502, "grad_norm": 1e-3}) and not probe.agrees({"loss": 0.5})
 
 
+def test_the_page_says_on_how_many_models_a_method_gains() -> None:
+    gains = {"dpo": (0.01, 0.02, -0.01), "kto": (0.01, -0.01), "sft": (-0.1,)}
+    table = [{"model": model, "method": method, "gain": low + 0.05, "gain_ci95": [low, low + 0.1]}
+             for method, lows in gains.items() for model, low in zip(MODELS, lows, strict=False)]  # fmt: skip
+    said = verdicts([{"model": "tiny-sd", "method": "base", "gain": 0.0}, *table, {"model": "x", "method": "spin"}])
+    assert said.splitlines()[2:5] == [
+        "- on two models or more: dpo",
+        "- on one of those that they ran on: kto (tiny-sd of tiny-sd, tiny-sdxl)",
+        "- on none of them: sft (tiny-sd)",
+    ]
+
+
 def test_the_page_names_what_has_not_run(runs: Runs, tmp_path: Path) -> None:
     league.base_row("tiny-sd", SCENES, tmp_path)
     row(tmp_path)
     write_page(tmp_path, SCENES)
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert "- on one of those that they ran on: dpo (tiny-sd of tiny-sd)" in lines
-    assert "- on none of them: no method" in lines
+    assert "- on none of them: dpo (tiny-sd)" in lines  # base and row pass everything here
     [dpo] = [line for line in lines if line.startswith("| dpo |") and "not run" not in line]
     assert (
         "100.0" in dpo
