@@ -290,7 +290,7 @@ def test_a_step_waits_for_nothing_that_the_device_computes(
                     ema_decay=0.9)  # fmt: skip
     run = Trainer(prepare_run(values, ()))
     run._train_step()  # the optimizer makes its state
-    batch = run._batch(0, torch.Generator())  # comes from files, in main memory
+    batch = run._batch(0, run._run(run.policy, 0))  # comes from files, in main memory
     monkeypatch.setattr(run, "_batch", lambda *_: batch)
     with Reads() as reads:
         run._train_step()

@@ -9,6 +9,8 @@ import pytest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 SLACK = 1.25  # other processors round otherwise
+# and sum otherwise in 16 bits: up to 2.1 times the gap on one with AMX
+COARSE = {"bfloat16": 2.5, "float16": 2.5}
 LARGEST = 0.2  # share of the spread
 LARGER = {("hpsv3", "bfloat16"): 0.3}  # Qwen2-VL was released in bfloat16, and rounds as much
 AT_LENGTH = ("hpsv3", "videoreward")  # slow: they read pictures at full size, and hundreds of words of question
@@ -32,7 +34,7 @@ def test_the_stated_gaps_hold(name: str):
     found, row = gaps.measure(name), stated()[name]
     least = 1e-6 * max(row["spread"], 1)
     for key in ("median", "most", "bfloat16", "float16"):
-        assert getattr(found, key) <= SLACK * row[key] + least, key
+        assert getattr(found, key) <= COARSE.get(key, SLACK) * row[key] + least, key
         assert row[key] < row["spread"] * LARGER.get((name, key), LARGEST) + least, (
             f"{key}: so large a gap mixes up pictures"
         )
