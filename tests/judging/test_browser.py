@@ -111,7 +111,6 @@ def test_the_page_of_a_run_waits_and_shows_what_is_drawn_next(tmp_path: Path) ->
         page.press("u")
         page.at("1 of 2")
         assert page.part("prompt").text == PROMPTS[2]
-        page.driver.save_screenshot(str(tmp_path / "undone.png"))
 
 
 def test_judging_with_keys_undoing_closing_everything_and_going_on(folder: Path, tmp_path: Path) -> None:
@@ -120,31 +119,12 @@ def test_judging_with_keys_undoing_closing_everything_and_going_on(folder: Path,
         with browser(tmp_path / "first") as page:
             page.open(url, "Ada")
             page.at("0 of 4")
-            assert (
-                page.part("prompt").text == PROMPTS[0] and "Ada" in page.driver.find_element("tag name", "header").text
-            )
-            first = page.shown
-            assert first == session.groups[0].shuffled("Ada", 0)
-            labels = [tile.get_attribute("aria-label") for tile in page.tiles]
-            assert labels == ["Picture 1", "Picture 2", "Picture 3"]
-            page.press(Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.SPACE, Keys.ENTER, "9", "x", Keys.F2)
-            page.press("2")
-            page.at("1 of 4")
-            page.press("t")
-            page.at("2 of 4")
-            assert [(c.verdict, c.picks) for c in session.store.choices()] == [("chosen", (first[1],)), ("tie", ())]
-            page.press("u")
-            page.at("1 of 4")
-            assert page.part("prompt").text == PROMPTS[1]
-            page.press(Keys.BACKSPACE)
-            page.at("0 of 4")
             assert page.part("prompt").text == PROMPTS[0]
             assert "Ada" in page.driver.find_element("tag name", "header").text
             first = page.shown
             assert first == session.groups[0].shuffled("Ada", 0)
-            assert [
-                tile.get_attribute("aria-label") for tile in page.driver.find_elements("class name", "picture")
-            ] == [f"Picture {number}" for number in (1, 2, 3)]
+            labels = [tile.get_attribute("aria-label") for tile in page.tiles]
+            assert labels == ["Picture 1", "Picture 2", "Picture 3"]
             page.press(Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.SPACE, Keys.ENTER, "9", "x", Keys.F2)
             page.press("2")
             page.at("1 of 4")
