@@ -73,13 +73,19 @@ def reward_differences(
     return (each * pairs).sum((1, 2)) / count.clamp(min=1), count
 
 
-def centred_differences(log_ratio: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """[P]: 2 / (G - 1) sum_i (u_i - mean u)^2, u = R - r / beta, R [P, G]: the mean over all pairs, without clamping.
+def centred_differences(log_ratio: Tensor, rewards: Tensor, beta: float, reduction: str) -> tuple[Tensor, Tensor]:
+    """(L [P], number of pairs [P]): the mean over all pairs of a prompt without a clamp, in O(G) and not in O(G^2).
 
-    Pairs with equal rewards count here too. It takes O(G) where pairs take O(G^2).
+        L = 2 / (G - 1) sum_i (u_i - mean u)^2,   u = R - r / beta
+
+    Pairs of equal rewards are in it, unlike those of `reward_differences`, whose arguments these are.
     """
-    u = log_ratio - rewards / beta
-    return 2 / (u.shape[1] - 1) * (u - u.mean(1, keepdim=True)).square().sum(1)
+    whole = log_ratio.mean(-1) if reduction == "mean" else log_ratio.sum(-1)
+    known = rewards.isfinite()
+    count = known.sum(1)
+    u = torch.where(known, whole - rewards / beta, torch.zeros_like(whole))
+    off = torch.where(known, u - u.sum(1, keepdim=True) / count.clamp(min=1)[:, None], torch.zeros_like(u))
+    return 2 * off.square().sum(1) / (count - 1).clamp(min=1), count * (count - 1) // 2
 
 
 def forward_process(ours: Tensor, old: Tensor, x0: Tensor, optimality: Tensor, beta: float) -> Tensor:

@@ -4,7 +4,7 @@
     R = mean over steps of lp - lp_ref,   C the same with every step clamped to what it was at the rollout, +- c
 
 The optimum of the KL-regularized problem has these differences, so they are regressed on, over whole trajectories. No
-code was released.
+code was released. Without the clamp this is the variance of R - r / beta among a prompt's pictures, times 2: `form`.
 
 The gradient is exact with the memory of one step: L depends on the policy through the numbers lp alone, so a first pass
 without gradient gives dL/dlp of every step, and a second one multiplies them with the gradient of lp, a microbatch at a
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from diffalign.episodes import Episodes, Explorer, every_step, explore, log_probs_of
-from diffalign.losses.policy import reward_differences
+from diffalign.losses.policy import centred_differences, reward_differences
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run
 from diffalign.methods.checks import check_choice, check_group, check_positive
 from diffalign.methods.paid import logged, seen, with_reference
@@ -43,7 +43,9 @@ class PRDP:
 
     Args:
         beta: r / beta is what a walk's log-ratio should come to; the paper has 3e-6 to 3e-5.
-        clip: c, per step; the paper has 1e-6 for ten updates on a rollout and 1e-4 for one.
+        clip: c, per step; the paper has 1e-6 for ten updates on a rollout and 1e-4 for one. Of the form `pairs` alone.
+        form: pairs is the paper's, of pairs whose rewards differ; centred has no clamp, holds pictures of equal rewards
+            together as well, and asks for no list of pairs, which pays in large groups.
         reduction: mean | sum of the steps.
         updates: optimizer steps on one rollout, K.
         steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store: how pictures are drawn, see
@@ -61,6 +63,7 @@ class PRDP:
 
     beta: float = 3e-6
     clip: float = 1e-4
+    form: str = "pairs"
     reduction: str = "mean"
     updates: int = 1
     steps: int = 50
@@ -75,6 +78,7 @@ class PRDP:
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta, clip=self.clip, updates=self.updates)
+        check_choice("form", self.form, ("pairs", "centred"))
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_group(self.group)
         _ = self.explorer  # checks its own
@@ -109,7 +113,10 @@ class PRDP:
         shape = (-1, self.group, now.shape[1])
         ours, before = ((lp - reference).view(shape) for lp in (leaf, old))
         grouped = rewards.view(-1, self.group)
-        value, pairs = reward_differences(ours, before, grouped, self.beta, self.clip, self.reduction)
+        if self.form == "centred":
+            value, pairs = centred_differences(ours, grouped, self.beta, self.reduction)
+        else:
+            value, pairs = reward_differences(ours, before, grouped, self.beta, self.clip, self.reduction)
         (slope,) = torch.autograd.grad(value.mean(), leaf)
         loss, count = (x.detach().float().repeat_interleave(self.group) for x in (value, pairs))
         return loss, slope, count

@@ -47,6 +47,7 @@ VARIANTS = {
     "ppd-x0": {"name": "ppd", "timestep_weight": "x0"},
     "d3po-pairs": {"name": "d3po", "mode": "pairs"},
     "prdp-sum": {"name": "prdp", "reduction": "sum", "beta": 2.0, "clip": 1.0},
+    "prdp-centred": {"name": "prdp", "form": "centred", "beta": 2.0},
     "grpo-fast": {"name": "grpo", "window": 1, "kl_weight": 0.0, "advantage": "group", "same_start": True},
     "ddpo-bf16": {"name": "ddpo", "store": "bfloat16", "advantage": "centre"},
     "alignprop-uniform": {"name": "alignprop", "truncation": "uniform", "kl_weight": 0.1},

@@ -296,12 +296,25 @@ def test_the_references_numbers_are_the_rollouts_while_the_two_are_the_same_alon
 # -- PRDP --------------------------------------------------------------------------------------------------------------
 
 
-def test_all_pairs_without_a_clamp_are_a_centred_sum_of_squares() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_all_pairs_without_a_clamp_are_a_centred_sum_of_squares(reduction: str) -> None:
     g = torch.Generator().manual_seed(1)
     log_ratio, rewards = torch.randn(3, 5, 4, generator=g, dtype=torch.float64), torch.rand(3, 5, generator=g).double()
-    whole, count = reward_differences(log_ratio, log_ratio, rewards, 0.3, 1e9, "mean")
-    assert count.tolist() == [10, 10, 10]
-    torch.testing.assert_close(whole, centred_differences(log_ratio.mean(2), rewards, 0.3))
+    rewards[1, 2] = float("nan")
+    whole = reward_differences(log_ratio, log_ratio, rewards, 0.3, 1e9, reduction)
+    centred = centred_differences(log_ratio, rewards, 0.3, reduction)
+    assert centred[1].tolist() == [10, 6, 10]
+    for one, other in zip(whole, centred, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_centred_form_draws_pictures_of_equal_rewards_together_and_needs_two() -> None:
+    log_ratio, nan = torch.tensor([[[0.3], [0.1], [0.0]], [[0.3], [0.1], [0.2]]]), float("nan")
+    rewards = torch.tensor([[0.5, 0.5, nan], [0.5, nan, nan]])
+    value, count = centred_differences(log_ratio, rewards, 2.0, "mean")
+    torch.testing.assert_close(value, torch.tensor([0.2**2, 0.0]))
+    assert count.tolist() == [1, 0]
+    assert reward_differences(log_ratio, log_ratio, rewards, 2.0, 9.0, "mean")[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -322,12 +335,14 @@ def test_a_picture_without_a_score_is_in_no_pair_and_equal_ones_are_none() -> No
     assert count.tolist() == [1, 0] and value.isfinite().all() and value[1] == 0
 
 
+@pytest.mark.parametrize("form", ["pairs", "centred"])
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize(("process", "kind"), [("vp", "epsilon"), ("flow", "flow")])
-def test_two_passes_have_the_gradient_of_one(process: str, kind: str, step: int) -> None:
+def test_two_passes_have_the_gradient_of_one(process: str, kind: str, step: int, form: str) -> None:
     """`step` 1 is a second update on the rollout of an earlier policy: its first pass is a replay."""
     policy, reference = moved_policy(process, kind, by=0.0 if step == 0 else 0.3)
-    rule = toy_method({"name": "prdp", "updates": 2, "beta": 5.0, "clip": 0.01, "group": 3, "at_once": 4})
+    settings = {"name": "prdp", "form": form, "updates": 2, "beta": 5.0, "clip": 0.01, "group": 3, "at_once": 4}
+    rule = toy_method(settings)
     assert isinstance(rule, Replays)
     old, _ = networks(process, kind)
     drawn = explore(run(old, reference), old, batch_for(rule, 4), rule.explorer)
@@ -340,7 +355,9 @@ def test_two_passes_have_the_gradient_of_one(process: str, kind: str, step: int)
                     for rows in rule.explorer.parts(0, 12)])  # fmt: skip
     shape = (4, 3, -1)
     ours, before = (lp - drawn.log_probs).view(shape), torch.zeros_like(lp).view(shape)
-    value, _ = reward_differences(ours, before, drawn.scores.total.view(4, 3), 5.0, 0.01, "mean")
+    rewards = drawn.scores.total.view(4, 3)
+    value, _ = (reward_differences(ours, before, rewards, 5.0, 0.01, "mean") if form == "pairs" else
+                centred_differences(ours, rewards, 5.0, "mean"))  # fmt: skip
     value.mean().backward()
     assert policy.mean.grad is not None and policy.mean.grad.abs().sum() > 0
     torch.testing.assert_close(two, policy.mean.grad, rtol=1e-6, atol=1e-6 * float(policy.mean.grad.abs().max()))
