@@ -73,7 +73,8 @@ def per_reward(terms: Mapping[str, Tensor], weights: Mapping[str, float], kind: 
 def normalized(terms: Mapping[str, Tensor], weights: Mapping[str, float], kind: str, gather: Gather) -> Tensor:
     """`per_reward`, then over the whole batch once more, so that uniform groups do not shrink the gradient (GDPO)."""
     advantages = per_reward(terms, weights, kind, gather)
-    std = gather(advantages.flatten()).std(correction=0)
+    missing = ~torch.isfinite(_total(terms, weights))
+    std = _known(advantages.masked_fill(missing, torch.nan), gather).std(correction=0)
     return advantages / std if std > LEAST else torch.zeros_like(advantages)
 
 

@@ -2,8 +2,8 @@
 
 A plain weighted sum is `diffalign.rewards.base.Weighted`. Here a group is the pictures of one prompt; `groups` [B]
 holds an integer per picture that is the same within a group. Standard deviations are of the population, without
-Bessel's correction. What training takes, with pictures that lack a score and with statistics over ranks, is in
-`diffalign.advantages`.
+Bessel's correction. A picture whose score is not finite takes no part and gets 0. `diffalign.advantages` does the
+sums, for training too.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffalign.advantages import dominated
+from diffalign.advantages import LEAST, dominated, global_std, in_group, normalized, per_reward
 
-SPREAD = 1e-6  # a group whose scores spread by less says nothing
 # ReNO (arXiv 2406.04312, arguments.py and rewards/*.py of its code): reward -> (weight, offset)
 RENO = {
     "hpsv2.1": (5.0, 1.0),
@@ -40,14 +39,14 @@ def within_groups(scores: Tensor, groups: Tensor) -> Tensor:
     Scores of different prompts then compare, whatever the reward. A group of one, or one whose scores are all the same,
     gets zeros and not noise that is blown up.
     """
-    mean, std = group_statistics(scores, groups)
-    return _standardized(scores.float(), mean, std)
+    table, places = _by_group(scores, groups)
+    return in_group(table, _alone)[places]
 
 
 def around_group_mean(scores: Tensor, groups: Tensor) -> Tensor:
     """(r - mean of its group) / std of the batch (Flow-GRPO, arXiv 2505.05470): a narrow group is not blown up."""
-    mean, _ = group_statistics(scores, groups)
-    return _standardized(scores.float(), mean, scores.float().std(correction=0))
+    table, places = _by_group(scores, groups)
+    return global_std(table, _alone)[places]
 
 
 def weighted_advantages(
@@ -61,13 +60,15 @@ def weighted_advantages(
         rescaled: standardizes the sum over the batch again (GDPO), which keeps the scale when groups become uniform.
 
     Raises:
-        ValueError: weights for other rewards than there are scores.
+        ValueError: weights for other rewards than there are scores, or no weight but 0.
     """
     if scores.keys() != weights.keys():
         raise ValueError(f"expected one weight per reward, got weights for {', '.join(weights) or 'none'} and scores "
                          f"of {', '.join(scores) or 'none'}")  # fmt: skip
-    total = torch.stack([weights[name] * within_groups(score, groups) for name, score in scores.items()]).sum(0)
-    return standardized(total) if rescaled else total
+    if not any(weights.values()):
+        raise ValueError("expected a weight other than 0")
+    tables, places = {name: _by_group(score, groups)[0] for name, score in scores.items()}, _places(groups)
+    return (normalized if rescaled else per_reward)(tables, weights, "group", _alone)[places]
 
 
 def shortfall(scores: Mapping[str, Tensor], presets: Mapping[str, tuple[float, float]] = RENO) -> Tensor:
@@ -173,8 +174,7 @@ def group_statistics(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes that differ.
     """
-    if scores.ndim != 1 or scores.shape != groups.shape:
-        raise ValueError(f"expected scores [B] and groups [B], got {list(scores.shape)} and {list(groups.shape)}")
+    _check_groups(scores, groups)
     _, index = groups.unique(return_inverse=True)
     count = torch.bincount(index).float()
     mean = (torch.zeros_like(count).index_add(0, index, scores.float()) / count)[index]
@@ -193,7 +193,7 @@ def agreement(scores: Mapping[str, Tensor], groups: Tensor) -> dict[str, float]:
     inside = {name: within_groups(score, groups) for name, score in scores.items()}
     for name, score in scores.items():
         _, std = group_statistics(score, groups)
-        found[f"{name}/group_std"], found[f"{name}/uniform"] = std.mean().item(), (std < SPREAD).float().mean().item()
+        found[f"{name}/group_std"], found[f"{name}/uniform"] = std.mean().item(), (std < LEAST).float().mean().item()
     names = list(scores)
     for number, first in enumerate(names):
         for second in names[number + 1 :]:
@@ -203,5 +203,31 @@ def agreement(scores: Mapping[str, Tensor], groups: Tensor) -> dict[str, float]:
     return found
 
 
+def _by_group(scores: Tensor, groups: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(fp32 scores [P, G] with NaN where a group has fewer than G, where each of [B] is in it)."""
+    _check_groups(scores, groups)
+    places = _places(groups)
+    table = torch.full([int(place.max()) + 1 for place in places], torch.nan, device=scores.device)
+    return table.index_put(places, scores.float()), places
+
+
+def _places(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """(number of its group, number within it) of each of [B]."""
+    _, index = groups.unique(return_inverse=True)
+    within = (index[:, None] == index).tril(-1).sum(1)
+    return index, within
+
+
+def _check_groups(scores: Tensor, groups: Tensor) -> None:
+    if scores.ndim != 1 or scores.shape != groups.shape or not len(scores):
+        raise ValueError(f"expected scores [B] and groups [B], B at least 1, got {list(scores.shape)} and "
+                         f"{list(groups.shape)}")  # fmt: skip
+
+
+def _alone(scores: Tensor) -> Tensor:
+    """One process has everything."""
+    return scores
+
+
 def _standardized(scores: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return torch.where(std < SPREAD, torch.zeros_like(scores), (scores - mean) / std.clamp(min=SPREAD))
+    return torch.where(std < LEAST, torch.zeros_like(scores), (scores - mean) / std.clamp(min=LEAST))

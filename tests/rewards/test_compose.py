@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from diffalign.advantages import COMBINATIONS
 from diffalign.rewards.compose import (
     RunningStatistics,
     agreement,
@@ -62,6 +63,28 @@ def test_a_reward_on_a_large_scale_does_not_decide_alone():
     torch.testing.assert_close(rescaled, standardized(large))
     with pytest.raises(ValueError, match="weights for small and scores of small, large"):
         weighted_advantages(same, {"small": 1.0}, one)
+    with pytest.raises(ValueError, match="a weight other than 0"):
+        weighted_advantages(same, {"small": 0.0, "large": 0.0}, one)
+
+
+def test_groups_of_several_sizes_and_a_picture_without_a_score_weigh_as_much_as_others():
+    groups = torch.tensor([0, 0, 1, 1, 1, 1, 0])
+    scores = {"r": torch.tensor([1.0, 3.0, 0.0, 0.0, 0.0, 4.0, math.nan])}
+    rescaled = weighted_advantages(scores, {"r": 1.0}, groups, rescaled=True)
+    root = math.sqrt(3)  # of the second group: mean 1, deviation sqrt(3)
+    known = torch.tensor([-1, 1, -1 / root, -1 / root, -1 / root, root])
+    torch.testing.assert_close(rescaled, torch.cat([known / known.std(correction=0), torch.zeros(1)]))
+    assert rescaled[:6].std(correction=0) == pytest.approx(1)
+
+
+def test_functions_of_groups_are_those_that_training_uses():
+    g = torch.Generator().manual_seed(2)
+    scores = {name: torch.randn(4, 3, generator=g) for name in "ab"}
+    weights, groups = {"a": 1.0, "b": -0.5}, torch.arange(4).repeat_interleave(3)
+    flat = {name: score.flatten() for name, score in scores.items()}
+    for rescaled, combine in ((False, "per_reward"), (True, "gdpo")):
+        expected = COMBINATIONS[combine](scores, weights, "group", lambda x: x)
+        torch.testing.assert_close(weighted_advantages(flat, weights, groups, rescaled=rescaled), expected.flatten())
 
 
 def test_running_statistics_use_the_batch_until_a_prompt_is_known():
@@ -126,6 +149,8 @@ def test_agreement_names_conflict_and_uniform_groups():
 def test_groups_of_another_length_are_named():
     with pytest.raises(ValueError, match=r"got \[6\] and \[2\]"):
         within_groups(SCORES, GROUPS[:2])
+    with pytest.raises(ValueError, match="B at least 1, got"):
+        within_groups(SCORES[:0], GROUPS[:0])
 
 
 def test_the_shortfall_is_renos_loss_and_its_gradient_that_of_the_weighted_sum():
