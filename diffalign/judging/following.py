@@ -35,7 +35,7 @@ class Following:
     @property
     def ask(self) -> str:
         """What is asked of the latest pictures."""
-        return next(reversed(self.sessions.values())).ask if self.sessions else self.asked
+        return self._open[-1].ask if self._open else self.asked
 
     @property
     def count(self) -> None:
@@ -45,12 +45,12 @@ class Following:
     @property
     def pictures(self) -> Mapping[str, Entry]:
         """sha256 -> picture: all that a page may ask for."""
-        return {sha256: entry for session in self.sessions.values() for sha256, entry in session.pictures.items()}
+        return {sha256: entry for session in self._open for sha256, entry in session.pictures.items()}
 
     def look(self, judge: str) -> dict[str, Any]:
         """`Session.look` of all folders, after taking in those that are new."""
         self.refresh()
-        return self._shown([session.look(judge) for session in self.sessions.values()])
+        return self._shown([session.look(judge) for session in self._open])
 
     def choose(self, judge: str, group: str, verdict: str, picks: Sequence[str]) -> dict[str, Any]:
         """`Session.choose` of the folder that has the group.
@@ -59,7 +59,7 @@ class Following:
             ValueError: not a group of any folder, or not an answer to it.
             OSError: it could not be saved.
         """
-        session = next((s for s in self.sessions.values() if group in s.by_key), None)
+        session = next((s for s in self._open if group in s.by_key), None)
         if session is None:
             raise ValueError("this group is not among those that are judged here: load the page again")
         session.choose(judge, group, verdict, picks)
@@ -67,16 +67,16 @@ class Following:
 
     def undo(self, judge: str) -> dict[str, Any]:
         """`Session.undo` of the latest folder of which this judge has said anything."""
-        for folder, session in reversed(self.sessions.items()):
+        sessions = self._open
+        for session in reversed(sessions):
             if session.look(judge)["judged"]:
                 again = session.undo(judge)
-                looks = [again if name == folder else other.look(judge) for name, other in self.sessions.items()]
-                return self._shown([again, *(look for look in looks if look is not again)])
+                return self._shown([again, *(other.look(judge) for other in sessions if other is not session)])
         return self.look(judge)
 
     def retake(self, judge: str) -> dict[str, Any]:
         """`Session.retake` of all folders."""
-        for session in self.sessions.values():
+        for session in self._open:
             session.retake(judge)
         return self.look(judge)
 
@@ -89,6 +89,11 @@ class Following:
                         self.sessions[folder] = self.opened(folder)
                     except (ValueError, OSError) as error:
                         log.warning("%s cannot be judged yet: %s", folder, error)
+
+    @property
+    def _open(self) -> list[Session]:
+        """A list of its own, since another judge's look may take in a folder meanwhile."""
+        return list(self.sessions.values())
 
     def _shown(self, looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Counts of all; the group of the first that has one."""
