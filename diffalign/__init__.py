@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffalign.evaluation import evaluate
     from diffalign.generation import generate
+    from diffalign.noise.driver import optimize_noise
+    from diffalign.noise.result import load_noise
     from diffalign.pipelines import load_pipeline
     from diffalign.pipelines.user_adapter import load_user_adapter
     from diffalign.rewards import load_reward, load_rewards
@@ -21,11 +23,13 @@ __all__ = [
     "embed_user",
     "evaluate",
     "generate",
+    "load_noise",
     "load_pipeline",
     "load_reward",
     "load_rewards",
     "load_user",
     "load_user_adapter",
+    "optimize_noise",
     "train",
 ]
 __version__ = "0.1.0"
@@ -33,12 +37,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "evaluate": "diffalign.evaluation",
     "generate": "diffalign.generation",
+    "load_noise": "diffalign.noise.result",
     "load_pipeline": "diffalign.pipelines",
     "load_reward": "diffalign.rewards",
     "load_rewards": "diffalign.rewards",
     "load_user": "diffalign.users",
     "load_user_adapter": "diffalign.pipelines.user_adapter",
     "embed_user": "diffalign.users",
+    "optimize_noise": "diffalign.noise.driver",
     "train": "diffalign.trainer",
 }
 

@@ -74,12 +74,20 @@ def ddim_stepper(policy: Policy, process: NoiseProcess, kind: str, condition: Co
     return step
 
 
+def carries(process: NoiseProcess, kind: str, path: Tensor) -> Tensor:
+    """[K]: what each step of a walk along `path` [K + 1] multiplies its own x with, the network's answer held fixed."""
+    one = torch.ones(len(path) - 1, 1, device=path.device)
+    now, then = process.coefficients(path[:-1]), process.coefficients(path[1:])
+    return ddim(endpoints(kind, torch.zeros_like(one), one, *now), now, then).mean.flatten()
+
+
 def sample(
     step: Stepper,
     x: Tensor,
     times: Tensor,
     *,
     generators: Generators | None = None,
+    noises: Tensor | None = None,
     grad_steps: Container[int] = (),
     checkpoint: bool = False,
     record: bool = False,
@@ -90,6 +98,7 @@ def sample(
     Args:
         generators: one per sample, for stochastic steps; a sample's noise then does not depend on its batch mates.
             None draws no noise: for steps with std 0.
+        noises: [B, N, ...] in their place: the noise of each step.
         grad_steps: indices of the steps to differentiate; the others run under no_grad. range(N) is all of them.
         checkpoint: recompute the differentiated steps in the backward pass instead of keeping their activations.
         record: keep states and log-probabilities for replay.
@@ -108,7 +117,8 @@ def sample(
         with torch.set_grad_enabled(torch.is_grad_enabled() and index in grad_steps):
             now, then = t.expand(len(x)), s.expand(len(x))
             law = _law(step, x, now, then, checkpoint and torch.is_grad_enabled())
-            x = law.sample(None if generators is None else draw(x.shape[1:], generators, x))
+            noise = noises[:, index] if noises is not None else None
+            x = law.sample(noise if generators is None else draw(x.shape[1:], generators, x))
             x = x if store is None else x.to(store).to(law.mean.dtype)
         if record:
             states.append(x)

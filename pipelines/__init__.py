@@ -75,6 +75,26 @@ def load_pipeline(
     return pipe
 
 
+def as_pipeline(pipe: Any) -> LatentPipeline:
+    """A `LatentPipeline` as it is, a stock diffusers pipeline in the class of its family, a name or folder loaded.
+
+    The weights of a stock pipeline are shared, not copied; its own calls stay as they are.
+
+    Raises:
+        ValueError: nothing of that, or a family that is not served.
+    """
+    if isinstance(pipe, LatentPipeline):
+        return pipe
+    if isinstance(pipe, str | Path):
+        return load_pipeline(pipe)
+    name = type(pipe).__name__
+    if name not in PIPELINES:
+        raise ValueError(f"expected a LatentPipeline, the name of a model, or a stock pipeline of "
+                         f"{', '.join(PIPELINES)}, got {name}")  # fmt: skip
+    family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
+    return family(pipe, str(pipe.config.get("_name_or_path") or name))  # type: ignore[call-arg]
+
+
 def _index(folder: str, revision: str | None) -> dict[str, Any]:
     """What model_index.json says."""
     path = Path(folder)

@@ -11,6 +11,8 @@ import pytest
 from diffalign.config import RunConfig, load_config, packaged_configs
 from diffalign.data.options import DataOptions
 from diffalign.methods import METHODS
+from diffalign.noise import NOISE_METHODS
+from diffalign.table import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -53,6 +55,15 @@ def test_the_readme_has_a_row_for_each_method_with_files_that_exist():
     assert [cells[0].strip("`") for cells in listed] == list(METHODS)
     links = [link for cells in listed for link in re.findall(r"\]\(([^):]+)\)", " ".join(cells))]
     assert len(links) >= 2 * len(METHODS) and all((ROOT / link).is_file() for link in links)
+
+
+def test_the_page_on_noise_lists_every_method_with_all_its_keywords():
+    page = (ROOT / "docs" / "noise.md").read_text(encoding="utf-8")
+    listed = {cells[0].strip("`"): set(re.findall(r"`(\w+)`", cells[3])) for cells in rows(page, "## Methods")}
+    assert list(listed) == list(NOISE_METHODS)
+    for name, said in listed.items():
+        keywords = {field.name for field in dataclasses.fields(resolve(NOISE_METHODS, name, "method"))}
+        assert keywords - {"steps"} <= said, name
 
 
 @pytest.mark.parametrize("name", packaged_configs())

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from diffalign.methods.base import Batch, Loss, Need, Noised, Run
 from diffalign.methods.checks import check_last, check_not_negative, check_positive
 from diffalign.methods.direct import below, random_step, reward_loss, start_of, steered, walked_in_parts
-from diffalign.process import NoiseProcess, endpoints
-from diffalign.transition import ddim
+from diffalign.sampling import carries
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,3 @@ class DRTune:
 
     def loss(self, run: Run, batch: Noised) -> Loss:
         return reward_loss(run, batch, self.guidance, self.kl_weight)
-
-
-def carries(process: NoiseProcess, kind: str, path: Tensor) -> Tensor:
-    """[K]: what each step of a walk along `path` [K + 1] multiplies its own x with, the network's answer held fixed."""
-    one = torch.ones(len(path) - 1, 1, device=path.device)
-    now, then = process.coefficients(path[:-1]), process.coefficients(path[1:])
-    return ddim(endpoints(kind, torch.zeros_like(one), one, *now), now, then).mean.flatten()

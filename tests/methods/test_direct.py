@@ -13,8 +13,7 @@ from toy import PROCESSES, ROWS, sampling_times
 from toy_views import batch_for, prompts, run, toy_method
 
 from diffalign.methods.base import Method, Run
-from diffalign.methods.drtune import carries
-from diffalign.sampling import Condition, ddim_stepper, guided, sample
+from diffalign.sampling import Condition, carries, ddim_stepper, guided, sample
 from diffalign.scores import Scores, scores_of
 
 DIRECT = ("alignprop", "draft", "draft_lv", "refl", "drtune")
