@@ -210,6 +210,51 @@ def evaluate(
     show(result, as_json)
 
 
+@app.command("optimize-noise")
+def optimize_noise(
+    prompt: Annotated[list[str] | None, typer.Argument(help="A prompt, or several.")] = None,
+    prompts: Prompts = None,
+    model: Model = "tiny-sd",
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    method: Annotated[str, typer.Option(help="reno, best_of_n, zero_order, paths, fk or dno.")] = "reno",
+    steps: Annotated[int | None, typer.Option(help="Looks at a picture; the method's own number if not given.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="KEY=VALUE, a keyword of the method: lr=5; often.")
+    ] = None,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of each picture; 1 for distilled models.")] = 1,
+    guidance_scale: Guidance = 1.0,
+    height: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; each next one has the next seed.")] = 0,
+    prompts_at_once: Annotated[int, typer.Option(help="Prompts that are optimised together.")] = 1,
+    memory: Annotated[str, typer.Option(help="fast, balanced or low.")] = "balanced",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option(help="A new folder; a call that was cut off goes on there.")] = Path(
+        "runs/noise"
+    ),
+    device: Device = None,
+    attention: Attention = "auto",
+    as_json: Json = False,
+) -> None:
+    """Look for noise of which a frozen model makes pictures that rewards like."""
+    with working():
+        from diffalign import arguments
+        from diffalign.noise import command
+
+        rows = arguments.read_prompt_options(prompt or [], prompts)
+        keywords = command.keywords(
+            option or [], method=method, steps=steps, sampling_steps=sampling_steps, guidance_scale=guidance_scale,
+            height=height, width=width, memory=memory,
+        )  # fmt: skip
+        result = command.optimize_prompts(command.Wanted(
+            model, [row.text for row in rows], arguments.read_sections(reward or [], weights or [], settings or []),
+            keywords, seed, prompts_at_once, out, arguments.default_device(device), attention, dtype,
+        ))  # fmt: skip
+    show(result, as_json)
+
+
 @app.command()
 def estimate(
     config: Config,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from diffalign.writing import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 
 def templates(**options: Any) -> jinja2.Environment:
@@ -19,3 +25,17 @@ def templates(**options: Any) -> jinja2.Environment:
 def write_html(path: Path, template: str, **values: Any) -> None:
     """Renders a template, with every value escaped, and writes it in one piece."""
     write_text(path, templates(autoescape=True).get_template(template).render(values))
+
+
+def picture_uri(image: Image.Image, kind: str = "PNG", **options: Any) -> str:
+    """A picture inside of the page; `options` are those of Pillow's writer."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figure_uri(figure: Figure) -> str:
+    """A figure of matplotlib inside of the page, as SVG."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()

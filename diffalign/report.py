@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffalign.pages import write_html
+from diffalign.pages import figure_uri, picture_uri, write_html
 from diffalign.prompts import Prompt
 
 Example = tuple[Prompt, Image.Image, Image.Image, bool, bool]  # prompt, before, after, passed before, passed after
@@ -47,15 +45,9 @@ def _groups(examples: Sequence[Example]) -> dict[str, list[dict[str, Any]]]:
     for prompt, before, after, passed_before, passed_after in examples:
         group = groups.setdefault(str(prompt.category), [])
         if len(group) < SHOWN_PER_CATEGORY:
-            group.append({"prompt": prompt.text, "before": _data_uri(before), "after": _data_uri(after),
+            group.append({"prompt": prompt.text, "before": picture_uri(before), "after": picture_uri(after),
                           "passed_before": passed_before, "passed_after": passed_after})  # fmt: skip
     return groups
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _plot(metrics: Metrics, key: str, title: str) -> dict[str, str]:
@@ -71,7 +63,4 @@ def _plot(metrics: Metrics, key: str, title: str) -> dict[str, str]:
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return {"title": title, "uri": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()}
+    return {"title": title, "uri": figure_uri(figure)}

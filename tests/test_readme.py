@@ -41,9 +41,9 @@ def test_the_config_of_the_readme_is_valid() -> None:
 def test_the_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    known = set(re.findall(r"^  ([a-z]+) ", capsys.readouterr().out, flags=re.MULTILINE))
-    used = set(re.findall(r"^    diffalign ([a-z]+)", README, flags=re.MULTILINE))
-    listed = set(re.findall(r"`([a-z]+)", README.partition("| command |")[2].partition("\n\n")[0]))
+    known = set(re.findall(r"^  ([a-z][a-z-]*) ", capsys.readouterr().out, flags=re.MULTILINE))
+    used = set(re.findall(r"^    diffalign ([a-z][a-z-]*)", README, flags=re.MULTILINE))
+    listed = set(re.findall(r"`([a-z][a-z-]*)", README.partition("| command |")[2].partition("\n\n")[0]))
     assert used <= known and listed == known
 
 

@@ -98,7 +98,7 @@ def optimize_noise(
         owners = range(len(texts))
         best, first, last = (true.decoded(look.noise, look.latents, owners, look.ends) for look in (best, first, last))
     settings = {
-        "model": model.name, "method": method, **given, **options, "sampling_steps": sampling_steps,
+        "model": model.name, "method": method, **vars(search), "sampling_steps": sampling_steps,
         "guidance_scale": guidance_scale, "memory": memory, "weights": objective.rewards.weights,
     }  # fmt: skip
     seconds = {"setup": ready - begun, "search": searched - ready, "final": time.perf_counter() - searched}

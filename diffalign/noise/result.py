@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,12 @@ class Found:
         """As 8-bit pictures."""
         return to_pictures(self.pixels)
 
+    def row(self, number: int) -> Found:
+        """Of one prompt."""
+        one = slice(number, number + 1)
+        terms = {name: term[one] for name, term in self.terms.items()}
+        return Found(self.noise[one], self.pixels[one], self.total[one], terms, self.iteration[one])
+
 
 @dataclass(frozen=True)
 class NoiseResult:
@@ -85,6 +91,18 @@ class NoiseResult:
         """Of the best pictures, see `Found.noise`."""
         return self.best.noise
 
+    def each(self) -> list[NoiseResult]:
+        """A result of its own for every prompt; seconds stay those of all together."""
+        return [
+            replace(
+                self, prompts=self.prompts[row : row + 1], seeds=self.seeds[row : row + 1], best=self.best.row(row),
+                first=self.first.row(row), last=self.last.row(row),
+                history=tuple({key: value if key == "ends" else value[row : row + 1] for key, value in look.items()}
+                              for look in self.history),
+            )
+            for row in range(len(self.prompts))
+        ]  # fmt: skip
+
     def report(self) -> dict[str, Any]:
         """Everything but pictures and noise, as JSON has it; a score that is missing is null."""
         looks = [{key: value if key == "ends" else _numbers(value) for key, value in look.items()}
@@ -99,10 +117,13 @@ class NoiseResult:
             "history": looks,
         }  # fmt: skip
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, more: Mapping[str, Image.Image] | None = None) -> Path:
         """Writes best-0000.png, first-0000.png ..., noise.safetensors and noise.json into a folder, in one piece.
 
         The folder is replaced if it is empty, or an older result.
+
+        Args:
+            more: further pictures by file name.
 
         Raises:
             ValueError: a folder that holds something else.
@@ -115,6 +136,8 @@ class NoiseResult:
             for kind, one in (("best", self.best), ("first", self.first)):
                 for number, image in enumerate(one.images):
                     image.save(partial / f"{kind}-{number:04d}.png")
+            for name, picture in (more or {}).items():
+                picture.save(partial / name)
             save_file({"noise": self.best.noise.contiguous()}, partial / NOISE)
             write_json(partial / REPORT, self.report(), indent=1, allow_nan=False)
         return folder

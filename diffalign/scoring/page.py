@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from matplotlib.figure import Figure
 
 from diffalign.data.records import BrokenRow
 from diffalign.manifests import Entry
-from diffalign.pages import write_html
+from diffalign.pages import figure_uri, picture_uri, write_html
 from diffalign.scoring.files import ScoreRow
 
 SHOWN = 12  # pictures at either end
@@ -82,9 +80,7 @@ def thumbnail(entry: Entry) -> str:
     except ValueError:
         return ""
     picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return picture_uri(picture, "JPEG", quality=85)
 
 
 def _histogram(scores: Sequence[float], unit: str) -> str:
@@ -97,6 +93,4 @@ def _histogram(scores: Sequence[float], unit: str) -> str:
     axes.set_xlabel(unit if len(unit) <= 60 else unit[:57] + "...", fontsize=8, parse_math=False)
     axes.set_ylabel("pictures", fontsize=8)
     axes.tick_params(labelsize=7)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue().encode()).decode()
+    return figure_uri(figure)
