@@ -12,7 +12,7 @@ from diffalign.assets import asset
 from diffalign.errors import first_line
 from diffalign.pipelines.attention import set_attention
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.pipelines.parts import check_parts
+from diffalign.pipelines.parts import check_all_parts
 from diffalign.table import resolve
 
 PIPELINES: dict[str, str] = {
@@ -67,7 +67,7 @@ def load_pipeline(
             f"{UNSERVED.get(name, 'a new family is one file in pipelines/ and one row in its table')}"
         )
     family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
-    check_parts(folder, index, family.parts)
+    check_all_parts(folder, index, family.parts)
     pipe = family.load(folder, dtype=dtype, device=device, revision=revision, variant=variant)
     set_attention(pipe.network, attention)
     if max_sequence_length is not None:

@@ -7,15 +7,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffalign.pipelines.parts import damaged_files
+from diffalign.pipelines.parts import damaged_files, rest_of
 from diffalign.process import CLEAN, VariancePreserving
 
 log = logging.getLogger("diffalign")
@@ -30,11 +32,14 @@ UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyE
 def load_stock(kind: Any, folder: str, **options: Any) -> Any:
     """`kind.from_pretrained`, whose many ways to fail become one.
 
+    A folder may hold some parts alone, see `diffalign.pipelines.parts.rest_of`.
+
     Raises:
         ValueError: the folder is not complete or not readable.
     """
     try:
-        stock = kind.from_pretrained(folder, **options)
+        rest, own = _parts_of_its_own(folder, options.get("dtype"))
+        stock = kind.from_pretrained(rest, **own, **options)
     except UNREADABLE as error:
         why = "; ".join(damaged_files(folder)) or " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: the model folder is not complete or not readable: {why}; download or save it "
@@ -45,6 +50,19 @@ def load_stock(kind: Any, folder: str, **options: Any) -> Any:
             raise ValueError(f"{folder}: the model folder is not complete: the file of {part} lacks {len(empty)} "
                              f"weights, such as {empty[0]}; download or save it again")  # fmt: skip
     return stock
+
+
+def _parts_of_its_own(folder: str, dtype: torch.dtype | None) -> tuple[str, dict[str, Any]]:
+    """(the folder of the rest, parts by name); of an ordinary folder or a hub id itself and none."""
+    file = Path(folder) / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if (rest := rest_of(folder, index)) is None:
+        return folder, {}
+    classes = {name: getattr(diffusers, value[1]) for name, value in index.items() if isinstance(value, list)}
+    typed = {"dtype": dtype} if dtype else {}
+    own = {name: part.from_pretrained(folder, subfolder=name, **({} if name == "scheduler" else typed))
+           for name, part in classes.items()}  # fmt: skip
+    return rest, own
 
 
 def vae_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

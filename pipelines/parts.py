@@ -6,14 +6,51 @@ same. What only loading can find (weights that are cut off) is looked for once l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from diffalign.assets import FOLDER as ASSETS
+
+REST_OF = "_rest_of"
 KINDS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet", "transformer")  # beginnings of the parts that count
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+
+
+def rest_of(folder: str, index: Mapping[str, Any]) -> str | None:
+    """The folder with the parts that a folder lacks which holds some alone: `_rest_of` of its model_index.json.
+
+    That is a folder beside it, or a model that ships.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if REST_OF not in index:
+        return None
+    name = str(index[REST_OF])
+    beside = Path(folder).parent / name
+    home = beside if beside.is_dir() else ASSETS / name
+    if not (home / "model_index.json").is_file():
+        raise ValueError(f"{folder}: holds some parts of a model, the others being those of {name!r}, and there is no "
+                         f"such folder beside it and no such model that ships")  # fmt: skip
+    return str(home)
+
+
+def check_all_parts(folder: str, index: Mapping[str, Any], required: Sequence[str]) -> None:
+    """`check_parts` of a folder, and of that which has the parts that it lacks.
+
+    Raises:
+        ValueError: names every part that is missing.
+    """
+    rest = rest_of(folder, index)
+    if rest is None:
+        return check_parts(folder, index, required)
+    check_parts(folder, index, [part for part in required if part in index])
+    others = json.loads((Path(rest) / "model_index.json").read_text(encoding="utf-8"))
+    check_parts(rest, others, [part for part in required if part not in index])
 
 
 def check_parts(folder: str, index: Mapping[str, Any], required: Sequence[str]) -> None:
