@@ -23,6 +23,7 @@ LEAVES = (
     "doctor",
     "demo",
     "shapes/train",
+    "shapes/distill",
     "shapes/tiny",
     "shapes/pairs",
     "shapes/rates",
