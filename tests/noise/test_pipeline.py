@@ -33,10 +33,8 @@ def test_it_moves_and_is_saved_as_the_stock_one(tmp_path: Path) -> None:
     pipe = OptimizedNoisePipeline.from_pretrained(str(stable_diffusion()))
     pipe.save_pretrained(str(tmp_path / "saved"))
     saved = OptimizedNoisePipeline.from_pretrained(str(tmp_path / "saved"))
-    drawn = [
-        one("a", output_type="pt", generator=torch.Generator().manual_seed(0), **HOW).images for one in (pipe, saved)
-    ]
-    assert torch.equal(*drawn)
+    how = {**HOW, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    assert torch.equal(pipe("a", **how).images, saved("a", **how).images)
     assert pipe.to(torch.bfloat16) is pipe and pipe.unet.dtype == torch.bfloat16 and pipe.device.type == "cpu"
     assert pipe("a", output_type="pt", **HOW).images.dtype == torch.float32
 
