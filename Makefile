@@ -15,7 +15,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid league league-paid clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid bench-noise league league-paid clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -57,6 +57,10 @@ league-paid: .venv/installed
 # inversion in batches against one picture at a time, on the CPU
 bench-inversion: .venv/installed
 	$(BIN)/python -m benchmarks.inversion --out runs/bench-inversion.json
+
+# noise optimisation against a loop in the order of the released code, on the CPU
+bench-noise: .venv/installed
+	$(BIN)/python -m benchmarks.noise --out runs/bench-noise.json
 
 # updates on rollouts against the straightforward way, on the CPU
 bench-paid: .venv/installed
