@@ -31,7 +31,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE of 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; CUDA by default where there is one.")]
 Attention = Annotated[str, typer.Option(help="Kernel of attention: auto, flash, cudnn, efficient, math, xformers ...")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less for none.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures at once.")]
 FittingBatchSize = Annotated[int | None, typer.Option(help="Pictures at once; if not given, what the device holds.")]
 Places = Annotated[list[str] | None, typer.Argument(help="As --images.", metavar="[PICTURE]...")]

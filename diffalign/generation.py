@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.user_attention import for_nobody, with_user
-from diffalign.sampling import Condition, ddim_stepper, draw, guided, sample
+from diffalign.sampling import Condition, as_stock, ddim_stepper, draw, guided, sample
 
 
 @torch.no_grad()
@@ -29,7 +29,8 @@ def generate(
     """Pixels [N, 3, H, W] in [0, 1], fp32 on the CPU, for N prompts and as many seeds.
 
     A picture follows from its prompt and its seed alone, as from the stock pipeline with
-    `generator=torch.Generator("cpu").manual_seed(seed)` and a DDIM scheduler. `progress` is told of finished pictures.
+    `generator=torch.Generator("cpu").manual_seed(seed)` and a DDIM scheduler; as there, a guidance of 1 or less is
+    none. `progress` is told of finished pictures.
 
     Args:
         user: tokens [N, D] of whom it draws for, or [pictures, N, D], by a user adapter (`load_user_adapter`). Guidance
@@ -62,6 +63,6 @@ def sample_latents(
     """Latents [B, C, h, w] from starting noise of the same shape, by guided DDIM along `times`."""
     device = next(pipe.network.parameters()).device
     here, away = ({name: value.to(device) for name, value in c.items()} for c in (condition, negative))
-    policy = guided(pipe.predict, away, guidance_scale)
+    policy = guided(pipe.predict, away, as_stock(guidance_scale))
     step = ddim_stepper(policy, pipe.process, pipe.parametrization, here)
     return sample(step, noise.to(device), times.to(device)).x

@@ -57,6 +57,11 @@ def guided(policy: Policy, negative: Condition, scale: float) -> Policy:
     return call
 
 
+def as_stock(scale: float) -> float:
+    """What a stock pipeline makes of this `guidance_scale`: 1 and below are none, and distilled models are given 0."""
+    return max(scale, 1.0)
+
+
 def predicted_endpoints(
     policy: Policy, process: NoiseProcess, kind: str, x_t: Tensor, t: Tensor, condition: Condition
 ) -> Endpoints:

@@ -68,7 +68,7 @@ def optimize_noise(
         seed: of the first prompt, the next ones count up from there; or one per prompt. As in `generate` the plain
             picture's noise is that of torch.Generator().manual_seed(seed).
         sampling_steps: of the walk from noise to picture; 1 is for distilled models such as SD-Turbo.
-        guidance_scale: classifier-free guidance; 1 is none, as distilled models want it.
+        guidance_scale: classifier-free guidance; 1 or less is none, as distilled models want it.
         height, width: in pixels; the model's own size if not given.
         memory: fast | balanced | low, what a gradient keeps in memory and what it computes twice.
         batch_size: pictures at a time; 8, and 1 with memory="low", if not given.

@@ -15,6 +15,7 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import vae_decode
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Reward, Weighted
+from diffalign.sampling import as_stock
 from diffalign.table import unknown
 
 Rewards = Mapping[str, Any] | Sequence[Reward] | Reward
@@ -49,10 +50,10 @@ def objective_of(
     device = next(pipe.network.parameters()).device
     with torch.no_grad():
         condition = {name: value.to(device) for name, value in pipe.encode_prompts(prompts).items()}
-        empty = condition if guidance_scale == 1 else pipe.encode_prompts([""] * len(prompts))
+        empty = condition if guidance_scale <= 1 else pipe.encode_prompts([""] * len(prompts))
     return Objective(
         tuple(prompts), rewards, Counted(pipe.predict), pipe.process, pipe.parametrization, condition,
-        {name: value.to(device) for name, value in empty.items()}, guidance_scale,
+        {name: value.to(device) for name, value in empty.items()}, as_stock(guidance_scale),
         pipe.times(sampling_steps).to(device), shape, pipe.decoder() if vae is None else small_decoder(vae, shape),
         tuple(torch.Generator().manual_seed(seed) for seed in seeds), MEMORY[memory],
         batch_size or MEMORY[memory].at_once,

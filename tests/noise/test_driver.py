@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffalign.generation import generate
 from diffalign.noise.driver import Progress
 from diffalign.noise.result import NoiseResult
 from diffalign.pipelines import as_pipeline, load_pipeline
+from diffalign.pipelines.base import LatentPipeline
 from diffalign.rewards.base import Weighted
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -35,11 +37,15 @@ STOCK: dict[str, tuple[Callable[[], Path], Any]] = {
 }
 
 
+@functools.cache
+def model() -> LatentPipeline:
+    """A frozen one, so all tests may share it."""
+    return load_pipeline(stable_diffusion())
+
+
 def optimized(pipe: Any = None, prompts: Any = None, rewards: Any = None, **keywords: Any) -> NoiseResult:
     given = {"steps": 3, "sampling_steps": 2, **keywords}
-    return diffalign.optimize_noise(
-        pipe or load_pipeline(stable_diffusion()), prompts or PROMPTS, rewards or [Wavy()], **given
-    )
+    return diffalign.optimize_noise(pipe or model(), prompts or PROMPTS, rewards or [Wavy()], **given)
 
 
 def stock_of(family: str) -> Any:
@@ -69,16 +75,28 @@ def test_a_stock_pipeline_is_taken_as_it_is_and_left_so() -> None:
     stock = stock_of("sd")
     ours = as_pipeline(stock)
     assert ours.network is stock.unet and as_pipeline(ours) is ours and as_pipeline("tiny-sd").name.endswith("tiny-sd")
-    before = optimized(load_pipeline(stable_diffusion()))
+    before = optimized(model())
     torch.testing.assert_close(optimized(stock).best.pixels, before.best.pixels)
 
 
 def test_the_plain_picture_is_that_of_generate() -> None:
-    pipe = load_pipeline(stable_diffusion())
+    pipe = model()
     result = optimized(pipe, seed=[11, 5], guidance_scale=2.0)
     assert result.seeds == (11, 5)
     plain = generate(pipe, PROMPTS, seeds=[11, 5], steps=2, guidance_scale=2.0)
     torch.testing.assert_close(result.first.pixels, plain)
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_no_guidance_is_what_stock_pipelines_call_0(family: str) -> None:
+    pipe = stock_of(family)
+    result = optimized(pipe, guidance_scale=0.0, steps=1)
+    drawn = generate(as_pipeline(pipe), PROMPTS, seeds=[0, 1], steps=2, guidance_scale=0.0)
+    pictures = pipe(PROMPTS, latents=result.noise, num_inference_steps=2, guidance_scale=0.0, output_type="pt",
+                    height=32, width=32).images  # fmt: skip
+    torch.testing.assert_close(result.best.pixels, drawn)
+    torch.testing.assert_close(pictures.float(), drawn, rtol=0, atol=2e-4)
+    assert result.evaluations == 2
 
 
 def test_history_has_a_line_per_look_and_the_best_is_the_largest_total() -> None:
@@ -105,7 +123,7 @@ def test_every_method_is_behind_the_same_call(method: str) -> None:
     steps = {} if method in ("fk", "paths") else {"steps": 3}
     rewards = {"jpeg": 1.0} if method != "dno" else [Wavy()]
     own = {"fk": {"every": 1, "particles": 2}, "paths": {"rounds": 1, "kept": 1, "copies": 2}}.get(method, {})
-    result = diffalign.optimize_noise(load_pipeline(stable_diffusion()), "a red circle", rewards, method=method,
+    result = diffalign.optimize_noise(model(), "a red circle", rewards, method=method,
                                       sampling_steps=4, **steps, **own)  # fmt: skip
     assert result.best.pixels.shape == (1, 3, 32, 32) and result.best.total.isfinite().all()
     assert result.images[0].size == (32, 32) and result.settings["method"] == method
@@ -134,7 +152,7 @@ def test_a_small_vae_searches_and_the_models_own_makes_the_picture() -> None:
     torch.manual_seed(0)
     small = AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
                             num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
-    pipe, reward = load_pipeline(stable_diffusion()), Wavy()
+    pipe, reward = model(), Wavy()
     result = optimized(pipe, rewards=[reward], vae=small, seed=1)
     again = generate(pipe, PROMPTS[:1], seeds=[1], steps=2, guidance_scale=1.0)
     torch.testing.assert_close(result.first.pixels[:1], again)
@@ -159,7 +177,7 @@ def test_ctrl_c_on_the_way_of_particles_gives_what_they_were_heading_for() -> No
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    result = diffalign.optimize_noise(load_pipeline(stable_diffusion()), "a red circle", [Wavy()], method="fk",
+    result = diffalign.optimize_noise(model(), "a red circle", [Wavy()], method="fk",
                                       sampling_steps=4, every=1, first=0.0, callback=stop)  # fmt: skip
     assert result.interrupted and result.best.pixels.shape == (1, 3, 32, 32) and not result.history[0]["ends"]
 
