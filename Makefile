@@ -58,7 +58,7 @@ league-paid: .venv/installed
 bench-inversion: .venv/installed
 	$(BIN)/python -m benchmarks.inversion --out runs/bench-inversion.json
 
-# noise optimisation against a loop in the order of the released code, on the CPU
+# noise optimization against a loop in the order of the released code, on the CPU
 bench-noise: .venv/installed
 	$(BIN)/python -m benchmarks.noise --out runs/bench-noise.json
 

@@ -228,7 +228,7 @@ def optimize_noise(
     height: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; each next one has the next seed.")] = 0,
-    prompts_at_once: Annotated[int, typer.Option(help="Prompts that are optimised together.")] = 1,
+    prompts_at_once: Annotated[int, typer.Option(help="Prompts that are optimized together.")] = 1,
     memory: Annotated[str, typer.Option(help="fast, balanced or low.")] = "balanced",
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="A new folder; a call that was cut off goes on there.")] = Path(

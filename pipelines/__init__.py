@@ -92,7 +92,7 @@ def as_pipeline(pipe: Any) -> LatentPipeline:
         raise ValueError(f"expected a LatentPipeline, the name of a model, or a stock pipeline of "
                          f"{', '.join(PIPELINES)}, got {name}")  # fmt: skip
     family: type[LatentPipeline] = resolve(PIPELINES, name, "model family")
-    return family(pipe, str(pipe.config.get("_name_or_path") or name))  # type: ignore[call-arg]
+    return family(pipe, str(pipe.config.get("_name_or_path") or name))
 
 
 def _index(folder: str, revision: str | None) -> dict[str, Any]:

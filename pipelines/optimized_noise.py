@@ -1,4 +1,4 @@
-"""Noise optimisation where code expects a diffusers pipeline: `pipe(prompt, rewards=...)`."""
+"""Noise optimization where code expects a diffusers pipeline: `pipe(prompt, rewards=...)`."""
 
 from __future__ import annotations
 

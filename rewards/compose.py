@@ -213,8 +213,11 @@ def _by_group(scores: Tensor, groups: Tensor) -> tuple[Tensor, tuple[Tensor, Ten
 
 def _places(groups: Tensor) -> tuple[Tensor, Tensor]:
     """(number of its group, number within it) of each of [B]."""
-    _, index = groups.unique(return_inverse=True)
-    within = (index[:, None] == index).tril(-1).sum(1)
+    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
+    order = index.argsort(stable=True)
+    first = (counts.cumsum(0) - counts)[index[order]]
+    within = torch.empty_like(index)
+    within[order] = torch.arange(len(index), device=index.device) - first
     return index, within
 
 

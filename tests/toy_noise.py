@@ -1,4 +1,4 @@
-"""A frozen generator with an exact law, and rewards that can be written down: for noise optimisation."""
+"""A frozen generator with an exact law, and rewards that can be written down: for noise optimization."""
 
 from __future__ import annotations
 

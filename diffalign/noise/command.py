@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from diffalign.console import Result
 from diffalign.noise.driver import Progress, optimize_noise
-from diffalign.noise.page import Shown, write_noise_page
+from diffalign.noise.page import STRIP, Shown, write_noise_page
 from diffalign.noise.result import REPORT
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
@@ -27,7 +29,7 @@ from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
 from diffalign.writing import write_json
 
-SETTINGS, STRIP, PAGE = "settings.json", "strip.png", "index.html"
+SETTINGS, PAGE = "settings.json", "index.html"
 DTYPES = ("float32", "bfloat16", "float16")
 IN_STRIP = 12  # pictures over the iterations, at most
 
@@ -39,7 +41,7 @@ class Wanted:
     Attributes:
         model, prompts, rewards: which, and the sections of the rewards.
         keywords: those of `optimize_noise`, the method's among them.
-        at_once: prompts that are optimised together.
+        at_once: prompts that are optimized together.
     """
 
     model: str
@@ -108,15 +110,24 @@ def optimize_prompts(wanted: Wanted) -> Result:
     write_noise_page(wanted.out / PAGE, wanted.model, shown)
     if stopped:
         raise KeyboardInterrupt
-    first, best = (sum(one.report[key]["total"][0] or 0.0 for one in shown) / len(shown) for key in ("first", "best"))
+    first, best, scored = means(shown)
     data = {"folder": str(wanted.out), "page": str(wanted.out / PAGE), "prompts": len(shown), "done_before":
-            len(wanted.prompts) - len(left), "first": first, "best": best}  # fmt: skip
-    text = f"{len(shown)} prompts: mean total {first:.4g} at first, {best:.4g} at best; look at {wanted.out / PAGE}"
+            len(wanted.prompts) - len(left), "scored": scored, "first": first, "best": best}  # fmt: skip
+    text = (f"{len(shown)} prompts: mean total {first:.4g} at first, {best:.4g} at best, of {scored} that have both; "
+            f"look at {wanted.out / PAGE}")  # fmt: skip
     return Result(data, text)
 
 
+def means(shown: Sequence[Shown]) -> tuple[float, float, int]:
+    """(mean first total, mean best total, prompts that have both); not a number where none has."""
+    pairs = [(one.report["first"]["total"][0], one.report["best"]["total"][0]) for one in shown]
+    known = np.array([pair for pair in pairs if None not in pair], dtype=float)
+    first, best = known.mean(0) if len(known) else (math.nan, math.nan)
+    return float(first), float(best), len(known)
+
+
 def run_some(wanted: Wanted, pipe: LatentPipeline, rewards: Weighted, numbers: Sequence[int]) -> bool:
-    """Optimises some prompts at once and writes their folders; whether it was interrupted."""
+    """Optimizes some prompts at once and writes their folders; whether it was interrupted."""
     prompts, strip = [wanted.prompts[number] for number in numbers], Strip()
     with Live(console=Console(stderr=True), transient=True) as live, preferring(wanted.attention):
 
@@ -166,10 +177,11 @@ def claim(wanted: Wanted) -> None:
         ValueError: it holds something else, or other settings.
     """
     file, own = wanted.out / SETTINGS, json.loads(json.dumps(wanted.settings()))
-    if not file.exists():
-        if wanted.out.is_file() or (wanted.out.is_dir() and any(wanted.out.iterdir())):
-            raise ValueError(f"{wanted.out}: expected a new or empty folder, or one of an earlier call; choose another "
-                             f"--out")  # fmt: skip
+    taken = wanted.out.is_file() or (wanted.out.is_dir() and any(wanted.out.iterdir()))
+    if taken and not file.exists():
+        raise ValueError(f"{wanted.out}: expected a new or empty folder, or one of an earlier call; choose another "
+                         f"--out")  # fmt: skip
+    if not list(wanted.out.glob(f"*/{REPORT}")):  # nothing that was made with other settings, of a call that failed
         write_json(file, own, indent=1)
         return
     try:

@@ -1,6 +1,6 @@
 """DNO: Tang et al. 2024, Inference-Time Alignment of Diffusion Models with Direct Noise Optimization, arXiv 2405.18881.
 
-All noise of a random walk is optimised, the start and that of every step, by gradients through the whole walk:
+All noise of a random walk is optimized, the start and that of every step, by gradients through the whole walk:
 
     min over z of  -R(picture of z) + w P(z)
 
@@ -39,7 +39,7 @@ class DNO:
 
     Args:
         steps: iterations; the first looks at the plain picture, and the last does not take a step any more.
-        lr: of AdamW.
+        lr: of AdamW, whose other settings are torch's.
         grad_clip: norm that a picture's gradient is cut to.
         regularization: w.
         permutations: orders in which P is taken, in every iteration.

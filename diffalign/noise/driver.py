@@ -27,7 +27,7 @@ class Progress:
     Attributes:
         iteration: its number in `NoiseResult.history`.
         seen: what was looked at.
-        best: each prompt's best until now; the totals that it had when it was seen.
+        best: each prompt's best until now.
     """
 
     iteration: int
@@ -60,7 +60,7 @@ def optimize_noise(
 
     Args:
         pipe: a `LatentPipeline`, a stock diffusers pipeline of a family that is served, or what `load_pipeline` takes.
-        prompts: one, or several that are optimised at once.
+        prompts: one, or several that are optimized at once.
         rewards: as in a config, {"hpsv2.1": 5.0, "clip": {"weight": 0.01, "model": ...}}; or reward objects, whose
             plain sum is taken. Higher is better. A weight of 0 only logs.
         method: a row of `diffalign.noise.NOISE_METHODS`, or the dotted path of your own.

@@ -22,7 +22,6 @@ from torch import Tensor
 from diffalign.methods.checks import check_choice, check_positive
 from diffalign.noise.objective import Objective
 from diffalign.noise.seen import Seen
-from diffalign.process import Endpoints
 from diffalign.sampling import predicted_endpoints
 from diffalign.transition import ddim
 
@@ -39,7 +38,7 @@ class FKSteering:
         first, last: scored between these shares of the walk; before, nothing is to be seen yet, and after, particles
             that are drawn twice hardly part again.
         eta: of the random steps, DDPM's noise being 1.
-        adaptive: draw again only where the effective number of particles is below k / 2.
+        adaptive: draw again only where the effective number of particles is below k / 2; until then weights multiply.
 
     Raises:
         ValueError: a value outside its range.
@@ -74,13 +73,15 @@ class FKSteering:
         others = [objective.fresh(objective.steps + 1) for _ in range(k - 1)]
         chains = torch.stack([chain, *others], 1).flatten(0, 1)  # [B k, N + 1, ...]
         x, said = chains[:, 0], torch.zeros(0, prompts, k, device=noise.device)
+        weights = torch.zeros(prompts, k, device=noise.device)  # logarithms, since the last draw
         for number in range(objective.steps):
             x, x0 = self._stepped(objective, x, chains[:, number + 1], number, owners)
             if self._scored(number, objective.steps):
                 ahead = objective.decoded(chains, x0, owners, ends=False)
                 yield from of_each(ahead, k)
                 said = torch.cat([said, worst_for_missing(ahead.scores.total.view(1, prompts, k))])
-                kept = self._drawn(said, objective.generators)
+                weights = weights + self.strength * POTENTIALS[self.potential](said)
+                kept, weights = self._drawn(weights, objective.generators)
                 said = said.gather(2, kept.expand_as(said))
                 rows = (kept + k * torch.arange(prompts, device=kept.device)[:, None]).flatten()
                 # a particle's past is its ancestor's, its future stays its own
@@ -100,8 +101,8 @@ class FKSteering:
                 t, s = now.expand(len(some)), then.expand(len(some))
                 ends = predicted_endpoints(objective.guided(some), objective.process, objective.kind, x[rows], t,
                                            objective.of(some, objective.condition))  # fmt: skip
-                law = ddim(Endpoints(*ends), objective.process.coefficients(t), objective.process.coefficients(s),
-                           self.eta)  # fmt: skip
+                coefficients = objective.process.coefficients
+                law = ddim(ends, coefficients(t), coefficients(s), self.eta)
                 moved.append(law.sample(noise[rows]))
                 seen.append(ends.x0)
         return torch.cat(moved), torch.cat(seen)
@@ -110,16 +111,15 @@ class FKSteering:
         inside = self.first <= number / steps <= self.last
         return inside and number % self.every == 0 and number < steps - 1
 
-    def _drawn(self, said: Tensor, generators: tuple[torch.Generator, ...]) -> Tensor:
-        """[B, k] which particle of its prompt each is from now on; said: [scorings, B, k]."""
-        weights = torch.softmax(self.strength * POTENTIALS[self.potential](said), 1)
-        k = weights.shape[1]
+    def _drawn(self, weights: Tensor, generators: tuple[torch.Generator, ...]) -> tuple[Tensor, Tensor]:
+        """(which particle of its prompt each is from now on, the logarithms of their weights from now on), [B, k]."""
+        shares, k = torch.softmax(weights, 1), weights.shape[1]
         starts = torch.stack([torch.rand(1, generator=generator) for generator in generators]).to(weights.device)
-        kept = systematic(weights, starts)
+        kept, even = systematic(shares, starts), torch.zeros_like(weights)
         if not self.adaptive:
-            return kept
-        enough = 1 / weights.square().sum(1, keepdim=True) >= k / 2
-        return torch.where(enough, torch.arange(k, device=kept.device), kept)
+            return kept, even
+        enough = 1 / shares.square().sum(1, keepdim=True) >= k / 2
+        return torch.where(enough, torch.arange(k, device=kept.device), kept), torch.where(enough, weights, even)
 
 
 # scores at every scoring so far [S, B, k], each particle with its ancestors' -> log-weights over lam [B, k]

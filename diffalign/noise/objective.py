@@ -106,11 +106,6 @@ class Objective:
         return len(self.times) - 1
 
     @property
-    def evaluations(self) -> int:
-        """Of the network for one picture; guidance doubles them."""
-        return self.steps * (1 if self.guidance == 1 else 2)
-
-    @property
     def together(self) -> int:
         """How many pictures of each prompt fit into one call."""
         return max(1, self.at_once // len(self.prompts))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffalign.pages import figure_uri, picture_uri, write_html
 
+STRIP = "strip.png"  # pictures on the way, in a prompt's folder
 IN_FULL = 40  # prompts with pictures and curves; the others are a line in the table
 SIDE = 512  # pixels of a picture on the page, at most
 
@@ -49,7 +50,7 @@ def part(one: Shown, number: int) -> dict[str, Any]:
     pictures = {kind: Image.open(one.folder / f"{kind}-0000.png").convert("RGB") for kind in ("first", "best")}
     for picture in pictures.values():
         picture.thumbnail((SIDE, SIDE))
-    strip = one.folder / "strip.png"
+    strip = one.folder / STRIP
     return {
         "prompt": one.report["prompts"][0], "folder": one.folder.name, "iteration": one.report["best"]["iteration"][0],
         "looks": len(one.report["history"]), "first": picture_uri(pictures["first"]),
@@ -59,11 +60,12 @@ def part(one: Shown, number: int) -> dict[str, Any]:
 
 
 def curves(history: Sequence[dict[str, Any]]) -> Figure:
-    """Total, each reward and the norm, look by look."""
+    """The mean over prompts of total, each reward and the norm, look by look; history as in noise.json."""
     names = [name for name in history[0] if name != "ends"]
     figure = Figure(figsize=(2.9 * len(names), 2.1), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        values = np.array([np.nan if look[name][0] is None else look[name][0] for look in history])
+        known = [[value for value in look[name] if value is not None] for look in history]
+        values = np.array([np.mean(some) if some else np.nan for some in known])
         axis.plot(values, marker="." if len(values) < 30 else "", color="#2f6fb0")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("look", fontsize=8)

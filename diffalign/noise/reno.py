@@ -99,14 +99,8 @@ OPTIMIZERS: dict[str, Callable[[Tensor, ReNO], torch.optim.Optimizer]] = {
 }
 
 
-def norm_penalty(z: Tensor) -> Tensor:
-    """[B]: ||z||^2 / 2 - (d - 1) log ||z|| of z [B, ...] with d elements each, in fp32."""
-    norm, d = z.float().flatten(1).norm(dim=1), z[0].numel()
-    return norm.square() / 2 - (d - 1) * norm.log()
-
-
 def off_shell(z: Tensor, weight: float) -> Tensor:
-    """The gradient of weight times `norm_penalty`: (1 - (d - 1) / ||z||^2) z, 0 on the shell."""
+    """The gradient of weight (||z||^2 / 2 - (d - 1) log ||z||), row by row: weight (1 - (d - 1) / ||z||^2) z."""
     squared, d = z.float().flatten(1).square().sum(1), z[0].numel()
     return per_sample(weight * (1 - (d - 1) / squared), z) * z
 

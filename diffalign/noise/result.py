@@ -1,4 +1,4 @@
-"""What noise optimisation leaves: pictures, their noise, and how it went, in memory and as files."""
+"""What noise optimization leaves: pictures, their noise, and how it went, in memory and as files."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class NoiseResult:
 
     Attributes:
         prompts, seeds: B of each.
-        best: of each prompt the picture with the largest total, not counting a regulariser.
-        first: the first look, which of all but fk and paths is the plain picture of the seed.
+        best: of each prompt the picture with the largest total, not counting a regularizer.
+        first: the first look; of reno, best_of_n and zero_order it is the plain picture of the seed.
         last: what was looked at last.
         history: a dict per look: `total`, each reward by name and `norm` (of the noise; of a chain the root mean square
             over its parts), each [B]; and `ends`, false for looks ahead in the middle of a walk, which no picture is.
@@ -144,14 +144,9 @@ class NoiseResult:
 
     def plot(self) -> Figure:
         """The mean over prompts of total, of each reward and of the norm, look by look."""
-        from matplotlib.figure import Figure
+        from diffalign.noise.page import curves
 
-        names = [name for name in self.history[0] if name != "ends"]
-        figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
-        for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            axis.plot([look[name].nanmean().item() for look in self.history])
-            axis.set(title=name, xlabel="look")
-        return figure
+        return curves(self.report()["history"])
 
 
 def load_noise(folder: str | Path) -> Tensor:

@@ -30,16 +30,14 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from diffalign.generation import generate
 from diffalign.pipelines import as_pipeline, load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.parts import REST_OF
-from diffalign.rewards.preprocess import to_pictures
 from diffalign.sampling import Condition, ddim_stepper, draw, guided, sample
 from diffalign.seeds import mix
 from diffalign.shapes.grammar import sample_scenes
+from diffalign.shapes.rates import pass_rates
 from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
-from diffalign.shapes.verify import verify
 from diffalign.writing import replacing
 
 
@@ -51,18 +49,25 @@ class Walks:
     prompts: tuple[str, ...]
 
 
+def trailing(pipe: LatentPipeline) -> LatentPipeline:
+    """The same network with times that begin at pure noise, however few."""
+    stock = copy.copy(pipe.stock)
+    options = {"timestep_spacing": "trailing", "clip_sample": False}
+    stock.register_modules(scheduler=DDIMScheduler.from_config(stock.scheduler.config, **options))
+    return as_pipeline(stock)
+
+
 def turbo_of(teacher: LatentPipeline) -> LatentPipeline:
-    """The same pipeline with a network of its own and a scheduler whose few times begin at pure noise."""
-    stock = copy.copy(teacher.stock)
-    scheduler = DDIMScheduler.from_config(stock.scheduler.config, timestep_spacing="trailing", clip_sample=False)
-    stock.register_modules(unet=copy.deepcopy(teacher.network), scheduler=scheduler)
+    """`trailing`, with a network of its own."""
+    stock = trailing(teacher).stock
+    stock.register_modules(unet=copy.deepcopy(teacher.network))
     return as_pipeline(stock)
 
 
 @torch.no_grad()
 def walked(teacher: LatentPipeline, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> Walks:
     """Guided DDIM of `args.substeps` to a stage, a picture of each prompt."""
-    times = turbo_of(teacher).times(args.stages * args.substeps)
+    times = trailing(teacher).times(args.stages * args.substeps)
     parts = []
     for start in range(0, len(prompts), args.batch):
         rows = slice(start, start + args.batch)
@@ -156,20 +161,6 @@ class Rest:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def rates(pipe: LatentPipeline, draws: int, steps: int, guidance_scale: float) -> dict[str, float]:
-    """Share of validation pictures that the verifier accepts, per category and in all."""
-    scenes = sample_scenes("validation", draws, seed=1)
-    pixels = generate(pipe, [str(scene) for scene in scenes], seeds=range(draws), steps=steps,
-                      guidance_scale=guidance_scale, batch_size=64)  # fmt: skip
-    passed = np.array([verify(np.asarray(picture), scene).ok
-                       for picture, scene in zip(to_pictures(pixels), scenes, strict=True)])  # fmt: skip
-    kinds = np.array([scene.category for scene in scenes])
-    return {
-        "all": float(passed.mean()),
-        **{str(kind): float(passed[kinds == kind].mean()) for kind in np.unique(kinds)},
-    }
-
-
 def pools(teacher: LatentPipeline, args: argparse.Namespace) -> Iterator[Walks]:
     """Fresh walks whenever they are asked for, from the captions of the training split."""
     number = 0
@@ -213,8 +204,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     distiller = Distiller(load_pipeline(args.teacher, device=args.device), args)
     distiller.resume()
-    said = rates(distiller.teacher, args.draws, args.stages * args.substeps, args.guidance_scale)
-    print(f"teacher, {args.stages * args.substeps} steps: {said}", flush=True)
+    steps, scenes = args.stages * args.substeps, sample_scenes("validation", args.draws, seed=1)
+    teacher = trailing(distiller.teacher).stock
+    said = pass_rates(teacher, scenes, steps=steps, guidance_scale=args.guidance_scale)
+    print(f"teacher, {steps} steps: {said}", flush=True)
     start, first, errors = time.time(), distiller.done, []
     for number, walks in enumerate(pools(distiller.teacher, args)):
         while distiller.done < min(args.steps, (number + 1) * args.pool_steps):
@@ -226,7 +219,8 @@ def main() -> None:
             if done % args.save_every == 0 or done == args.steps:
                 distiller.save()
             if done % args.eval_every == 0 or done == args.steps:
-                print(f"step {done}: {rates(distiller.averaged(), args.draws, args.stages, 1.0)}", flush=True)
+                said = pass_rates(distiller.averaged().stock, scenes, steps=args.stages, guidance_scale=0.0)
+                print(f"step {done}: {said}", flush=True)
         if distiller.done >= args.steps:
             return
 

@@ -21,14 +21,17 @@ from diffalign.shapes.verify import verify
 
 
 @torch.no_grad()
-def pass_rates(stock: Any, scenes: list[Scene], seed: int = 0, batch: int = 64) -> dict[str, float]:
-    """Share of pictures that the verifier accepts, per category and in all, with the stock defaults except 20 steps."""
+def pass_rates(
+    stock: Any, scenes: list[Scene], seed: int = 0, batch: int = 64, steps: int = 20, **options: Any
+) -> dict[str, float]:
+    """Share of pictures that the verifier accepts, per category and in all, with the stock defaults but for options."""
     stock.set_progress_bar_config(disable=True)
     hits: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         generators = [torch.Generator(stock.device).manual_seed(seed + start + i) for i in range(len(part))]
-        images = stock([str(s) for s in part], num_inference_steps=20, generator=generators, output_type="np").images
+        images = stock([str(s) for s in part], num_inference_steps=steps, generator=generators, output_type="np",
+                       **options).images  # fmt: skip
         for scene, image in zip(part, images, strict=True):
             ok = verify((image * 255).round().astype(np.uint8), scene).ok
             hits[scene.category].append(ok)

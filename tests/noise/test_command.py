@@ -13,7 +13,8 @@ from PIL import Image
 
 from diffalign import cli
 from diffalign.noise import command
-from diffalign.noise.command import IN_STRIP, Strip
+from diffalign.noise.command import IN_STRIP, Strip, means
+from diffalign.noise.page import Shown
 
 PROMPTS = ["a red circle", "two blue squares", "a green <cross>"]
 
@@ -110,6 +111,18 @@ def test_results_of_other_settings_or_prompts_are_not_mixed(tmp_path: Path, caps
     other.mkdir()
     (other / "x.txt").write_text("x")
     assert run(other) == 2 and names(other) == {"x.txt"}
+
+
+def test_a_call_that_was_refused_leaves_the_folder_free(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    assert run(out, "--method", "renno") == 2 and run(out, prompts=PROMPTS[:1]) == 0
+
+
+def test_means_are_over_prompts_that_have_both_scores() -> None:
+    totals = [(1.0, 2.0), (None, 9.0), (3.0, 6.0)]
+    shown = [Shown(Path("x"), {"first": {"total": [a]}, "best": {"total": [b]}}) for a, b in totals]
+    assert means(shown) == (2.0, 4.0, 2)
+    assert means(shown[1:2])[2] == 0
 
 
 def test_a_strip_keeps_a_dozen_at_even_distances() -> None:

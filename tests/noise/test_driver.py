@@ -28,6 +28,8 @@ from diffalign.noise.result import NoiseResult
 from diffalign.pipelines import as_pipeline, load_pipeline
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.rewards.base import Weighted
+from diffalign.rewards.clip import TinyCLIP
+from diffalign.rewards.texts import NetworkReader
 
 PROMPTS = ["a red circle", "two blue squares"]
 STOCK: dict[str, tuple[Callable[[], Path], Any]] = {
@@ -143,7 +145,8 @@ def test_prompts_are_read_once_by_every_text_encoder(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "forward", call)
 
     counted("model", pipe.stock.text_encoder)
-    counted("reward", reward.tower.model.text_model)  # type: ignore[attr-defined]
+    assert isinstance(reward, TinyCLIP) and isinstance(reward.tower, NetworkReader)
+    counted("reward", reward.tower.model.text_model)
     optimized(pipe, rewards=[reward], steps=4, prompts=["a red circle"])
     assert calls == {"model": 1, "reward": 1}
 

@@ -1,4 +1,4 @@
-"""Noise optimisation: what each method must do, on a generator that can be written down."""
+"""Noise optimization: what each method must do, on a generator that can be written down."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 from toy import ROWS
-from toy_noise import SHAPE, Box, Wavy, alone, objective
+from toy_noise import SHAPE, Bent, Box, Wavy, alone, objective
 
 from diffalign.noise import NOISE_METHODS
-from diffalign.noise.dno import improbability, orders_of
-from diffalign.noise.fk import POTENTIALS, systematic, worst_for_missing
+from diffalign.noise.dno import DNO, improbability, orders_of
+from diffalign.noise.fk import POTENTIALS, FKSteering, systematic, worst_for_missing
 from diffalign.noise.objective import Objective, Search
 from diffalign.noise.paths import noised_again
-from diffalign.noise.reno import clipped, norm_penalty, off_shell, usable
+from diffalign.noise.reno import clipped, off_shell, usable
 from diffalign.noise.seen import best_of
 from diffalign.noise.zero_order import neighbour
 from diffalign.rewards.base import Weighted
@@ -147,9 +147,9 @@ def test_the_norm_is_likeliest_at_the_root_of_d_minus_1() -> None:
 
 def test_the_norm_penaltys_gradient_is_its_own() -> None:
     z = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    (expected,) = torch.autograd.grad(0.3 * norm_penalty(z).sum(), z)
+    norm = z.flatten(1).norm(dim=1)
+    (expected,) = torch.autograd.grad(0.3 * (norm.square() / 2 - (10 - 1) * norm.log()).sum(), z)
     torch.testing.assert_close(off_shell(z.detach(), 0.3), expected)
-    assert norm_penalty(z).shape == (3,)
 
 
 def test_each_row_is_clipped_as_torch_clips_one() -> None:
@@ -238,7 +238,8 @@ def test_before_the_last_steps_only_the_sampler_is_followed(process: str, kind: 
     whole, part = what.slope(z), what.slope(z, last=2)
     torch.testing.assert_close(whole[0].pixels, part[0].pixels)
     assert not torch.allclose(whole[1], part[1], rtol=1e-3)
-    what.policy.policy.weight.zero_()  # type: ignore[attr-defined]
+    assert isinstance(what.policy.policy, Bent)
+    what.policy.policy.weight.zero_()
     torch.testing.assert_close(what.slope(z)[1], what.slope(z, last=2)[1])
 
 
@@ -321,6 +322,18 @@ def test_a_particles_noise_makes_its_picture_whatever_was_drawn_again(potential:
         torch.testing.assert_close(what.look(look.noise, eta=1.0).pixels, look.pixels, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_add_up_until_particles_are_drawn() -> None:
+    """Of four particles 3 : 1 : 1 : 1 leaves an effective number of 3, which is enough; 81 : 1 : 1 : 1 does not."""
+    steered, generators = FKSteering(particles=4, adaptive=True), (torch.Generator().manual_seed(0),)
+    once = torch.tensor([[math.log(3.0), 0.0, 0.0, 0.0]])
+    kept, weights = steered._drawn(once, generators)
+    assert kept.tolist() == [[0, 1, 2, 3]] and torch.equal(weights, once)  # (3 + 1 + 1 + 1)^2 / 12 = 3
+    kept, weights = steered._drawn(4 * once, generators)
+    assert (kept == 0).sum() == 4 and (weights == 0).all()  # 84^2 / (81^2 + 3) = 1.08
+    kept, weights = FKSteering(particles=4)._drawn(4 * once, generators)
+    assert (kept == 0).sum() >= 3 and (weights == 0).all()
+
+
 def test_steered_particles_score_higher() -> None:
     means = [torch.stack([look.scores.total for look in looks(method("fk", strength=strength, particles=6), objective())
                           if look.ends]).mean() for strength in (1e-9, 3.0)]  # fmt: skip
@@ -374,17 +387,16 @@ def test_noise_that_looks_random_costs_next_to_nothing_and_other_noise_more() ->
     assert ((improbability(z, orders) >= least - 1e-5) & (improbability(z, orders) < least + 0.5)).all()
     m, k = 100, 4
     shifted = improbability(torch.full((1, 400), 0.5), orders[:1])
-    mean, spread = 0.25 * k, 1 - 0.25 * k  # of constant rows: mean 1/2 each, covariance 1/4 everywhere, less the unit
-    top = max(abs(0.25 * k - 1), 1.0)
-    beyond = max(math.sqrt(1 + top) - 1 - math.sqrt(k / m), 0)
-    assert shifted.item() == pytest.approx(m * mean / (2 * k) + max(m * beyond**2 / 2, math.log(2)), rel=1e-4)
-    assert spread == 0 and (improbability(3 * z, orders) > 10).all()
+    # rows are all (1/2, 1/2, 1/2, 1/2): M1^2 = 1, and 1/4 everywhere less the unit matrix has the eigenvalues 0 and -1
+    beyond = math.sqrt(1 + 1) - 1 - math.sqrt(k / m)
+    assert shifted.item() == pytest.approx(m * 1 / (2 * k) + max(m * beyond**2 / 2, math.log(2)), rel=1e-4)
+    assert (improbability(3 * z, orders) > 10).all()
 
 
 def test_likely_noise_is_hardly_pulled_and_other_noise_back() -> None:
     what = objective()
     z = torch.randn(3, 50, *SHAPE, generator=torch.Generator().manual_seed(0))
-    likely, unlikely = (method("dno")._unlikely_slope(some, what.generators) for some in (z, z + 1))  # type: ignore[attr-defined]
+    likely, unlikely = (DNO(permutations=3)._unlikely_slope(some, what.generators) for some in (z, z + 1))
     assert likely.norm() < 0.1 * unlikely.norm() and unlikely.mean() > 0
 
 
