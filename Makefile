@@ -15,7 +15,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid bench-noise league league-paid clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid bench-noise league league-paid league-noise clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -53,6 +53,10 @@ league: .venv/installed
 # methods that are paid by a reward, at a larger budget; resumable, days on a CPU
 league-paid: .venv/installed
 	$(BIN)/python -m benchmarks.league_paid
+
+# ways to look for better noise, on a distilled model; resumable, two hours of a core
+league-noise: .venv/installed
+	$(BIN)/python -m benchmarks.league_noise
 
 # inversion in batches against one picture at a time, on the CPU
 bench-inversion: .venv/installed

@@ -231,6 +231,9 @@ def optimize_noise(
     prompts_at_once: Annotated[int, typer.Option(help="Prompts that are optimized together.")] = 1,
     memory: Annotated[str, typer.Option(help="fast, balanced or low.")] = "balanced",
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network: minutes first, for many prompts on a GPU.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="A new folder; a call that was cut off goes on there.")] = Path(
         "runs/noise"
     ),
@@ -246,12 +249,45 @@ def optimize_noise(
         rows = arguments.read_prompt_options(prompt or [], prompts)
         keywords = command.keywords(
             option or [], method=method, steps=steps, sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-            height=height, width=width, memory=memory,
+            height=height, width=width, memory=memory, compile=compiled,
         )  # fmt: skip
         result = command.optimize_prompts(command.Wanted(
             model, [row.text for row in rows], arguments.read_sections(reward or [], weights or [], settings or []),
             keywords, seed, prompts_at_once, out, arguments.default_device(device), attention, dtype,
         ))  # fmt: skip
+    show(result, as_json)
+
+
+@app.command("noise-demo")
+def noise_demo(
+    prompt: Annotated[str, typer.Argument(help="What the page starts with.")] = "a red circle above a blue square",
+    model: Model = "tiny-sd-turbo",
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    method: Annotated[str, typer.Option(help="reno, best_of_n, zero_order, paths, fk or dno.")] = "reno",
+    steps: Annotated[int, typer.Option(help="Looks at a picture.")] = 50,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of each picture; 1 for distilled models.")] = 4,
+    guidance_scale: Guidance = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in the network search as well.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="The first free one from 7860 on if not given.")] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
+    device: Device = None,
+    attention: Attention = "auto",
+    as_json: Json = False,
+) -> None:
+    """Serve a page on which noise is looked for: a prompt, a slider for each reward, the picture as it gets better."""
+    with working():
+        from diffalign import arguments
+        from diffalign.noise import demo
+
+        result = demo.serve_demo(
+            model, arguments.read_sections(reward or [], weights or [], settings or []),
+            demo.Settings(prompt, method, steps, sampling_steps, guidance_scale, seed),
+            demo.Serving(host, port, browser), arguments.default_device(device), dtype, attention,
+        )  # fmt: skip
     show(result, as_json)
 
 

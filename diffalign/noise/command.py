@@ -94,14 +94,12 @@ def optimize_prompts(wanted: Wanted) -> Result:
     """
     if wanted.at_once < 1:
         raise ValueError(f"--prompts-at-once: expected at least 1, got {wanted.at_once}")
-    if wanted.dtype not in DTYPES:
-        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {wanted.dtype!r}")
+    dtype = dtype_of(wanted.dtype)
     claim(wanted)
     left = [number for number in range(len(wanted.prompts)) if not finished(wanted, number)]
     stopped = False
     if left:
-        pipe = load_pipeline(wanted.model, dtype=getattr(torch, wanted.dtype), device=wanted.device,
-                             attention=wanted.attention)  # fmt: skip
+        pipe = load_pipeline(wanted.model, dtype=dtype, device=wanted.device, attention=wanted.attention)
         rewards = load_rewards(wanted.rewards, device=wanted.device)
         for start in range(0, len(left), wanted.at_once):
             if stopped := run_some(wanted, pipe, rewards, left[start : start + wanted.at_once]):
@@ -116,6 +114,17 @@ def optimize_prompts(wanted: Wanted) -> Result:
     text = (f"{len(shown)} prompts: mean total {first:.4g} at first, {best:.4g} at best, of {scored} that have both; "
             f"look at {wanted.out / PAGE}")  # fmt: skip
     return Result(data, text)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """
+    Raises:
+        ValueError: another name than float32, bfloat16 or float16.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def means(shown: Sequence[Shown]) -> tuple[float, float, int]:

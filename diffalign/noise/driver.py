@@ -17,6 +17,7 @@ from diffalign.noise.seen import Seen, chosen, improves
 from diffalign.noise.setup import Rewards, checked_prompts, checked_seeds, objective_of, weighted
 from diffalign.pipelines import as_pipeline
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.compiling import compile_blocks, compiled
 from diffalign.table import build
 
 
@@ -50,6 +51,7 @@ def optimize_noise(
     memory: str = "balanced",
     batch_size: int | None = None,
     vae: Any = None,
+    compile: bool = False,
     callback: Callable[[Progress], bool | None] | None = None,
     **options: Any,
 ) -> NoiseResult:
@@ -73,6 +75,8 @@ def optimize_noise(
         memory: fast | balanced | low, what a gradient keeps in memory and what it computes twice.
         batch_size: pictures at a time; 8, and 1 with memory="low", if not given.
         vae: a small decoder (diffusers' AutoencoderTiny) to search with; the pictures are made by the model's own.
+        compile: the repeated blocks of the network are compiled (torch.compile, shapes static), and stay so: minutes at
+            first, which pay on a GPU and over many prompts.
         callback: called after each look with a `Progress`; the search ends if it returns True.
         options: the method's own keywords, such as lr, regularization and init of reno.
 
@@ -87,6 +91,8 @@ def optimize_noise(
     objective = objective_of(model, texts, weighted(rewards, model), seeds, sampling_steps, guidance_scale,
                              model.latent_shape(height, width), memory, batch_size, vae)  # fmt: skip
     search.check(objective)
+    if compile and not compiled(model.network):
+        compile_blocks(model.network)
     ready = time.perf_counter()
     log = Log(callback)
     log.follow(search.search(objective, objective.fresh()))

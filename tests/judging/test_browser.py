@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from chromium import NEEDS_CHROMIUM, chromium
 from judging_helpers import answering, program, save_groups, session_of
 
 from diffalign.judging.command import Place, following
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
-BROWSER = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
-DRIVER = shutil.which("chromedriver")
 PROMPTS = ["a red circle", "two blue squares", "a green cross", "three yellow circles"]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="no Chromium with its driver on this machine"),
-]
+pytestmark = [pytest.mark.slow, NEEDS_CHROMIUM]
 
 
 class Page:
@@ -73,17 +67,8 @@ class Page:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900",
-                 f"--user-data-dir={profile}"):  # fmt: skip
-        options.add_argument(word)
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    try:
+    with chromium(profile) as driver:
         yield Page(driver)
-    finally:
-        driver.quit()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from diffalign.noise.driver import Progress
 from diffalign.noise.result import NoiseResult
 from diffalign.pipelines import as_pipeline, load_pipeline
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.compiling import compile_blocks, compiled
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.clip import TinyCLIP
 from diffalign.rewards.texts import NetworkReader
@@ -118,6 +119,18 @@ def test_the_same_call_gives_the_same_noise() -> None:
     one, other = optimized(seed=3), optimized(seed=3)
     assert torch.equal(one.noise, other.noise) and torch.equal(one.best.pixels, other.best.pixels)
     assert not torch.equal(one.noise, optimized(seed=4).noise)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_finds_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, as inductor would have it; what inductor makes of it is for machines with a compiler."""
+    traced = functools.partial(compile_blocks, backend="aot_eager")
+    monkeypatch.setattr("diffalign.noise.driver.compile_blocks", traced)
+    pipe = load_pipeline(stable_diffusion())
+    found = optimized(pipe, rewards=[TinyCLIP()], compile=True)
+    assert compiled(pipe.network)
+    torch.testing.assert_close(found.noise, optimized(rewards=[TinyCLIP()]).noise, atol=1e-4, rtol=0)
+    assert (found.noise - found.first.noise).norm() > 0.1 and "compile" not in found.settings
 
 
 @pytest.mark.parametrize("method", ["fk", "paths", "dno", "zero_order", "best_of_n"])

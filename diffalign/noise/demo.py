@@ -1,0 +1,88 @@
+"""What `diffalign noise-demo` does once its arguments are read: loads a model and its rewards, and serves the page."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffalign.console import Result
+from diffalign.noise import NOISE_METHODS
+from diffalign.noise.command import dtype_of
+from diffalign.noise.setup import refuse_comparisons
+from diffalign.pipelines import load_pipeline
+from diffalign.rewards import load_rewards
+from diffalign.table import unknown
+
+log = logging.getLogger("diffalign")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the page starts with; the fields are those of `optimize_noise`.
+
+    Raises:
+        ValueError: an unknown method, or a number below what it must be.
+    """
+
+    prompt: str
+    method: str = "reno"
+    steps: int = 50
+    sampling_steps: int = 1
+    guidance_scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in NOISE_METHODS:
+            raise unknown("--method", self.method, NOISE_METHODS)
+        low = [name for name in ("steps", "sampling_steps", "guidance_scale") if getattr(self, name) < 1]
+        if low or self.seed < 0:
+            raise ValueError(f"--{(low or ['seed'])[0].replace('_', '-')}: expected at least {1 if low else 0}, got "
+                             f"{getattr(self, (low or ['seed'])[0])}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the page is reached; without a port it is the first free one from 7860 on."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    browser: bool = False
+
+
+def serve_demo(
+    model: str,
+    rewards: Mapping[str, Any],
+    start: Settings,
+    serving: Serving,
+    device: str,
+    dtype: str = "float32",
+    attention: str = "auto",
+) -> Result:
+    """Serves the page until it is stopped.
+
+    Raises:
+        ValueError: gradio is not installed, a model or reward that cannot be loaded, rewards that compare pictures, or
+            an address that cannot be had.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("diffalign noise-demo needs gradio: pip install 'diffalign[noise-demo]'") from error
+    from diffalign.noise import app
+
+    pipe = load_pipeline(model, device=device, dtype=dtype_of(dtype), attention=attention)
+    several = load_rewards(rewards, device=device)
+    refuse_comparisons(several)
+    page = app.build_app(pipe, model, several, start)
+    url = app.opened(page, serving)
+    log.info("open %s and stop with Ctrl-C", url)
+    if serving.host not in ("127.0.0.1", "localhost"):
+        log.warning("--host %s: anybody in the network can search for noise here", serving.host)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
+    return Result({"url": url}, "stopped")
