@@ -27,7 +27,8 @@ looks, or 200 evaluations of the network, to find a better one. `make league-noi
 verifier's verdict on that look, and the verifier cannot be fooled. "Any look" is the share of captions with a look that
 passes, whether tiny-clip chose it or not: what lies between the two is lost by the learned reward, not by the search.
 Differences are paired, with bootstrap intervals of 95 % over captions. An iteration with a gradient counts as one look,
-as papers count, and takes longer: seconds are of one core, a caption.
+as papers count, and takes longer: seconds are of one core, a caption, and a row of best_of_n has as many of them as
+reno.
 
 """
 COLUMNS = ("row", "passes, %", "over the plain picture", f"over {PLAIN}", "any look, %", "tiny-clip",

@@ -267,7 +267,10 @@ def noise_demo(
     settings: Set = None,
     method: Annotated[str, typer.Option(help="reno, best_of_n, zero_order, paths, fk or dno.")] = "reno",
     steps: Annotated[int, typer.Option(help="Looks at a picture.")] = 50,
-    sampling_steps: Annotated[int, typer.Option(help="Steps of each picture; 1 for distilled models.")] = 4,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="KEY=VALUE, a keyword of the method: lr=5; often.")
+    ] = None,
+    sampling_steps: Annotated[int, typer.Option(help="Steps of each picture; 1 for models such as SD-Turbo.")] = 4,
     guidance_scale: Guidance = 1.0,
     seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
@@ -285,7 +288,7 @@ def noise_demo(
 
         result = demo.serve_demo(
             model, arguments.read_sections(reward or [], weights or [], settings or []),
-            demo.Settings(prompt, method, steps, sampling_steps, guidance_scale, seed),
+            demo.Settings(prompt, method, steps, sampling_steps, guidance_scale, seed, option or []),
             demo.Serving(host, port, browser), arguments.default_device(device), dtype, attention,
         )  # fmt: skip
     show(result, as_json)

@@ -27,7 +27,7 @@ UNSERVED: dict[str, str] = {  # what to do instead, where more is to be said tha
         "StableDiffusionXLPipeline and save it again)"
     ),
 }
-SHIPPED = ("tiny-sd", "tiny-sdxl", "tiny-sd3")  # folders of diffalign.assets that are models
+SHIPPED = ("tiny-sd", "tiny-sdxl", "tiny-sd3", "tiny-sd-turbo")  # folders of diffalign.assets that are models
 
 
 def locate(name_or_path: str | Path) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from diffalign.errors import first_line
 from diffalign.noise import NOISE_METHODS
+from diffalign.noise.command import keywords
 from diffalign.noise.demo import Serving, Settings
 from diffalign.noise.driver import Progress, optimize_noise
 from diffalign.noise.result import NoiseResult
@@ -72,16 +73,29 @@ class Running:
 
 
 def searched(
-    pipe: LatentPipeline, rewards: Weighted, prompt: str, weights: Sequence[float], how: Mapping[str, Any]
+    pipe: LatentPipeline,
+    rewards: Weighted,
+    prompt: str,
+    weights: Sequence[float],
+    how: Mapping[str, Any],
+    options: str = "",
 ) -> Iterator[Update]:
     """(the picture now, the best one, the curve, a line of text), again and again.
+
+    Args:
+        weights: of the rewards.
+        how: keywords of `optimize_noise`.
+        options: KEY=VALUE of the method, with spaces between.
 
     Raises:
         gr.Error: what is wrong, as the page shows it.
     """
     names, curve = list(rewards.rewards), []
     pay = Weighted({name: (rewards.rewards[name], weight) for name, weight in zip(names, weights, strict=True)})
-    running = Running(pipe, prompt, pay, how)
+    try:
+        running = Running(pipe, prompt, pay, keywords(options.split(), **how))
+    except ValueError as error:
+        raise shown(error) from error
     try:
         for some in running.newest():
             looks = [one for one in some if isinstance(one, Progress)]
@@ -152,6 +166,8 @@ def build_app(pipe: LatentPipeline, name: str, rewards: Weighted, start: Setting
                 sampling = gr.Slider(1, max(50, start.sampling_steps), start.sampling_steps, step=1,
                                      label="Sampling steps")  # fmt: skip
                 guidance = gr.Slider(1, max(15.0, start.guidance_scale), start.guidance_scale, label="Guidance")
+                options = gr.Textbox(" ".join(start.options), label="Keywords of the method",
+                                     placeholder="lr=5 regularization=0.01", elem_id="options")  # fmt: skip
                 seed = gr.Number(start.seed, precision=0, minimum=0, label="Seed")
                 with gr.Row():
                     go = gr.Button("Search", variant="primary", elem_id="search")
@@ -163,12 +179,12 @@ def build_app(pipe: LatentPipeline, name: str, rewards: Weighted, start: Setting
                 text = gr.Markdown(elem_id="said")
                 curve = gr.LinePlot(x="look", y="total", label="Total, look by look", elem_id="curve")
 
-        def run(prompt: str, method: str, steps: int, sampling: int, guidance: float, seed: int,
+        def run(prompt: str, method: str, steps: int, sampling: int, guidance: float, options: str, seed: int,
                 *weights: float) -> Iterator[Update]:  # fmt: skip
             how = {"method": method, "sampling_steps": int(sampling), "guidance_scale": guidance, "seed": int(seed)}
-            yield from searched(pipe, rewards, prompt, weights, how | looks(method, int(steps)))
+            yield from searched(pipe, rewards, prompt, weights, how | looks(method, int(steps)), options)
 
-        given = [prompt, method, steps, sampling, guidance, seed, *weights]
+        given = [prompt, method, steps, sampling, guidance, options, seed, *weights]
         begun = [one(run, given, [now, best, curve, text], concurrency_limit=1, concurrency_id="model")
                  for one in (go.click, prompt.submit)]  # fmt: skip
         stop.click(None, cancels=begun)

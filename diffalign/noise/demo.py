@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ log = logging.getLogger("diffalign")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the page starts with; the fields are those of `optimize_noise`.
+    """What the page starts with; the fields are those of `optimize_noise`, `options` being KEY=VALUE of the method.
 
     Raises:
         ValueError: an unknown method, or a number below what it must be.
@@ -33,6 +33,7 @@ class Settings:
     sampling_steps: int = 1
     guidance_scale: float = 1.0
     seed: int = 0
+    options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.method not in NOISE_METHODS:

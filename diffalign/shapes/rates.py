@@ -1,8 +1,10 @@
 """How often a shapes model draws what it is asked, as a user without this project has it.
 
     python -m diffalign.shapes.rates --model tiny-sdxl --split heldout --draws 540
+    python -m diffalign.shapes.rates --model tiny-sd-turbo --steps 4 --guidance-scale 1 --split heldout --draws 540
 
-The stock pipeline with its defaults except 20 steps, judged by the verifier; captions in the mix of those that ship.
+The stock pipeline with its defaults, except 20 steps, or what is given; judged by the verifier. Captions are in the mix
+of those that ship.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
-from diffalign.pipelines import locate
+from diffalign.pipelines import load_pipeline
 from diffalign.shapes.grammar import SPLITS, Scene, sample_scenes
 from diffalign.shapes.verify import verify
 
@@ -45,10 +46,13 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="validation")
     parser.add_argument("--draws", type=int, default=192)
     parser.add_argument("--seed", type=int, default=1, help="of the captions")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, help="the pipeline's own if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    stock = DiffusionPipeline.from_pretrained(locate(args.model)).to(args.device)
-    rates = pass_rates(stock, sample_scenes(args.split, args.draws, seed=args.seed))
+    stock = load_pipeline(args.model, device=args.device).stock
+    how = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    rates = pass_rates(stock, sample_scenes(args.split, args.draws, seed=args.seed), steps=args.steps, **how)
     shares = "  ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items())
     print(f"{shares}  of {args.draws} {args.split} draws")
 

@@ -80,6 +80,16 @@ def test_what_is_wrong_is_said_on_the_page(how: dict[str, object], said: str) ->
         search(**how)
 
 
+def test_keywords_of_the_method_are_typed_into_the_page() -> None:
+    how = {"method": "reno", "sampling_steps": 1, "steps": 3}
+    curves = [list(app.searched(pipe(), rewards(), CAPTION, (1.0, 0.0), how, options))[-1][2]
+              for options in ("", "lr=1 regularization=0.5")]  # fmt: skip
+    assert curves[0]["total"][0] == curves[1]["total"][0] and curves[0]["total"][2] != curves[1]["total"][2]
+    for wrong, said in (("lr", "expected KEY=VALUE"), ("steps=4", "has an option of its own"), ("beta=1", "beta")):
+        with pytest.raises(gradio.Error, match=said):
+            list(app.searched(pipe(), rewards(), CAPTION, (1.0, 0.0), how, wrong))
+
+
 @pytest.mark.parametrize("method", NOISE_METHODS)
 def test_every_method_gets_the_number_of_looks_if_it_has_one(method: str) -> None:
     assert app.looks(method, 7) == ({} if method in ("paths", "fk") else {"steps": 7})

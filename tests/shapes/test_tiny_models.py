@@ -60,6 +60,9 @@ class Model:
     network: str
     texts: tuple[str, ...]
     right: dict[str, tuple[float, float]]
+    rest_of: str = ""  # the model that has the parts which this one lacks
+    steps: int = 20
+    guidance_scale: float = 7.5
 
 
 SHIPPED = {
@@ -73,6 +76,9 @@ SHIPPED = {
         ("text_encoder", "text_encoder_2", "text_encoder_3"),
         {"single": (0.6, 1.0), "two": (0.05, 0.75)},
     ),
+    "tiny-sd-turbo": Model(
+        6, "unet", ("text_encoder",), {"single": (0.75, 1.0), "two": (0.25, 0.75)}, "tiny-sd", 4, 1.0
+    ),
 }
 
 
@@ -83,22 +89,28 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(root: Path, name: str) -> Path:
-    return shipped(root, name, f"train --model {name}")
+    return shipped(root, name, "distill" if SHIPPED[name].rest_of else f"train --model {name}")
 
 
 @pytest.fixture(scope="module")
-def stock(folder: Path) -> Any:
-    """As a user without this project has it."""
-    from diffusers import DiffusionPipeline
+def stock(folder: Path, name: str) -> Any:
+    """As a user without this project has it; of a distilled model, with its parts put into its teacher's pipeline."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    pipe = DiffusionPipeline.from_pretrained(str(folder))
+    if home := SHIPPED[name].rest_of:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+        own = {"unet": unet, "scheduler": DDIMScheduler.from_pretrained(folder, subfolder="scheduler")}
+        pipe = DiffusionPipeline.from_pretrained(str(folder.parent / home), **own)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw_stock(pipe: Any, prompts: list[str], seeds: list[int], **keywords: Any) -> np.ndarray:
+def draw_stock(pipe: Any, name: str, prompts: list[str], seeds: list[int]) -> np.ndarray:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe(prompts, num_inference_steps=20, generator=generators, output_type="np", **keywords).images
+    how = {"num_inference_steps": SHIPPED[name].steps, "guidance_scale": SHIPPED[name].guidance_scale}
+    return pipe(prompts, generator=generators, output_type="np", **how).images
 
 
 # --- the pipelines
@@ -112,7 +124,11 @@ def test_the_list_is_complete(root: Path):
 def test_it_is_small_and_each_part_has_its_type(folder: Path, name: str):
     model = SHIPPED[name]
     assert size_of(folder) <= model.megabytes
-    assert dtypes(folder / model.network) == dtypes(folder / "vae") == {"F16"}
+    assert dtypes(folder / model.network) == {"F16"}
+    if model.rest_of:
+        assert {part.name for part in folder.iterdir()} == {model.network, "scheduler", "model_index.json"}
+        return
+    assert dtypes(folder / "vae") == {"F16"}
     for part in model.texts:
         assert "F16" not in dtypes(folder / part) and "F32" in dtypes(folder / part)
 
@@ -120,7 +136,7 @@ def test_it_is_small_and_each_part_has_its_type(folder: Path, name: str):
 def test_the_stock_pipeline_loads_in_fp32_and_draws(stock: Any, name: str):
     model = SHIPPED[name]
     assert {getattr(stock, part).dtype for part in (model.network, "vae", *model.texts)} == {torch.float32}
-    (picture,) = draw_stock(stock, ["a red circle"], [0])
+    (picture,) = draw_stock(stock, name, ["a red circle"], [0])
     assert picture.shape == (64, 64, 3) and picture.std() > 0.02
 
 
@@ -138,12 +154,13 @@ def test_each_word_of_the_grammar_is_one_token(stock: Any):
 def test_generate_equals_the_stock_pipeline(stock: Any, folder: Path, name: str):
     """With the sampler that `generate` uses for diffusion models, which is not SDXL's default."""
     prompts = ["a red circle", "three green crosses", "a blue square above a yellow triangle"]
-    ours = generate(load_pipeline(folder), prompts, seeds=[5, 6, 7], steps=20, guidance_scale=7.5, batch_size=2)
+    how = {"steps": SHIPPED[name].steps, "guidance_scale": SHIPPED[name].guidance_scale}
+    ours = generate(load_pipeline(folder), prompts, seeds=[5, 6, 7], batch_size=2, **how)
     before = stock.scheduler
     if name == "tiny-sdxl":
         stock.scheduler = DDIMScheduler.from_config(before.config, clip_sample=False)
     try:
-        theirs = draw_stock(stock, prompts, [5, 6, 7], guidance_scale=7.5)
+        theirs = draw_stock(stock, name, prompts, [5, 6, 7])
     finally:
         stock.scheduler = before
     assert np.abs(ours.permute(0, 2, 3, 1).numpy() - theirs).max() <= 1e-4
@@ -157,7 +174,7 @@ def test_the_stock_pipeline_draws_heldout_captions_about_as_often_as_measured(st
     passed = []
     for start in range(0, len(chosen), 30):
         part = chosen[start : start + 30]
-        pictures = draw_stock(stock, [str(s) for s in part], [1000 + start + i for i in range(len(part))])
+        pictures = draw_stock(stock, name, [str(s) for s in part], [1000 + start + i for i in range(len(part))])
         passed += [verify((p * 255).round().astype(np.uint8), s).ok for p, s in zip(pictures, part, strict=True)]
     assert len(passed) == 60 and low <= np.mean(passed) <= high
 
