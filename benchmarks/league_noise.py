@@ -9,7 +9,7 @@ Each row looks for better noise for the same held-out captions of two objects, f
 distilled model's few steps, and may look at LOOKS pictures of each caption, or spend as many evaluations. tiny-clip, a
 learned reward, says which look is the best one; the verifier, which cannot be fooled, only watches, except in rows
 that it pays. A row is a JSON file under docs/league/noise, computed again when its settings, the model, or the code of
-diffalign/noise change; parts of it are kept under --work, so that a killed one goes on.
+the methods change; parts of it are kept under --work, so that a killed one goes on.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ AT_ONCE = 25  # captions
 SEED = 40_000
 # looks at which the curves have a point; methods that walk together have only their end
 MARKS = (1, 2, 3, 5, 8, 12, 17, 25, 35, LOOKS, 70, 2 * LOOKS)
+# modules of diffalign.noise that say what a search comes to
+CODE = ("objective", "seen", "best_of_n", "reno", "zero_order", "paths", "fk", "dno")
 PAYS: dict[str, dict[str, Any]] = {
     "tiny-clip": {"tiny-clip": 1.0, "shapes": {"mode": "pass", "weight": 0}},
     "verifier": {"shapes": {"mode": "score", "weight": 1.0}, "tiny-clip": 0},
@@ -103,8 +105,7 @@ def captions(split: str, count: int) -> tuple[str, ...]:
 
 def key_of(row: Row, prompts: Sequence[str]) -> str:
     """Hash of what a row follows from."""
-    code = [file.read_text() for file in sorted(Path(diffalign.noise.__path__[0]).glob("*.py"))
-            if file.stem not in ("command", "page")]  # fmt: skip
+    code = [(Path(diffalign.noise.__path__[0]) / f"{name}.py").read_text() for name in CODE]
     weights = [file.read_bytes() for file in sorted(asset(MODEL).rglob("*")) if file.is_file()]
     told = json.dumps([vars(row) | {"options": dict(row.options)}, list(prompts), STEPS, SEED, PAYS], default=str)
     return hashlib.sha256(b"".join([*weights, *(text.encode() for text in (*code, told))])).hexdigest()[:16]

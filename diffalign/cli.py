@@ -224,6 +224,9 @@ def optimize_noise(
         list[str] | None, typer.Option("--option", help="KEY=VALUE, a keyword of the method: lr=5; often.")
     ] = None,
     sampling_steps: Annotated[int, typer.Option(help="Steps of each picture; 1 for distilled models.")] = 1,
+    timestep: Annotated[
+        list[int] | None, typer.Option(help="Of these steps, as the network counts: 800 for Hyper-SDXL's one; often.")
+    ] = None,
     guidance_scale: Guidance = 1.0,
     height: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
@@ -248,8 +251,8 @@ def optimize_noise(
 
         rows = arguments.read_prompt_options(prompt or [], prompts)
         keywords = command.keywords(
-            option or [], method=method, steps=steps, sampling_steps=sampling_steps, guidance_scale=guidance_scale,
-            height=height, width=width, memory=memory, compile=compiled,
+            option or [], method=method, steps=steps, sampling_steps=sampling_steps, timesteps=timestep or None,
+            guidance_scale=guidance_scale, height=height, width=width, memory=memory, compile=compiled,
         )  # fmt: skip
         result = command.optimize_prompts(command.Wanted(
             model, [row.text for row in rows], arguments.read_sections(reward or [], weights or [], settings or []),

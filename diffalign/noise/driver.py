@@ -45,6 +45,7 @@ def optimize_noise(
     steps: int | None = None,
     seed: int | Sequence[int] = 0,
     sampling_steps: int = 1,
+    timesteps: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     height: int | None = None,
     width: int | None = None,
@@ -70,6 +71,7 @@ def optimize_noise(
         seed: of the first prompt, the next ones count up from there; or one per prompt. As in `generate` the plain
             picture's noise is that of torch.Generator().manual_seed(seed).
         sampling_steps: of the walk from noise to picture; 1 is for distilled models such as SD-Turbo.
+        timesteps: of that walk instead, as the network counts them: [800] for Hyper-SDXL's U-Net of one step.
         guidance_scale: classifier-free guidance; 1 or less is none, as distilled models want it.
         height, width: in pixels; the model's own size if not given.
         memory: fast | balanced | low, what a gradient keeps in memory and what it computes twice.
@@ -89,7 +91,7 @@ def optimize_noise(
     given = {} if steps is None else {"steps": steps}
     search: Search = build(NOISE_METHODS, {"name": method, **given, **options}, what="optimize_noise")
     objective = objective_of(model, texts, weighted(rewards, model), seeds, sampling_steps, guidance_scale,
-                             model.latent_shape(height, width), memory, batch_size, vae)  # fmt: skip
+                             model.latent_shape(height, width), memory, batch_size, vae, timesteps)  # fmt: skip
     search.check(objective)
     if compile and not compiled(model.network):
         compile_blocks(model.network)
@@ -104,8 +106,9 @@ def optimize_noise(
         owners = range(len(texts))
         best, first, last = (true.decoded(look.noise, look.latents, owners, look.ends) for look in (best, first, last))
     settings = {
-        "model": model.name, "method": method, **vars(search), "sampling_steps": sampling_steps,
-        "guidance_scale": guidance_scale, "memory": memory, "weights": objective.rewards.weights,
+        "model": model.name, "method": method, **vars(search), "sampling_steps": objective.steps,
+        "timesteps": timesteps and list(timesteps), "guidance_scale": guidance_scale, "memory": memory,
+        "weights": objective.rewards.weights,
     }  # fmt: skip
     seconds = {"setup": ready - begun, "search": searched - ready, "final": time.perf_counter() - searched}
     history = tuple({key: value.float().cpu() if isinstance(value, Tensor) else value for key, value in look.items()}

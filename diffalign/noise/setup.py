@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,8 +34,12 @@ def objective_of(
     memory: str,
     batch_size: int | None,
     vae: Any,
+    timesteps: Sequence[int] | None = None,
 ) -> Objective:
     """
+    Args:
+        timesteps: of the walk, in place of `sampling_steps`.
+
     Raises:
         ValueError: a value outside its range, a reward that compares pictures, or weights of the model that are not
             finite.
@@ -54,10 +59,30 @@ def objective_of(
     return Objective(
         tuple(prompts), rewards, Counted(pipe.predict), pipe.process, pipe.parametrization, condition,
         {name: value.to(device) for name, value in empty.items()}, as_stock(guidance_scale),
-        pipe.times(sampling_steps).to(device), shape, pipe.decoder() if vae is None else small_decoder(vae, shape),
+        walk_times(pipe, sampling_steps, timesteps).to(device), shape, pipe.decoder() if vae is None else small_decoder(vae, shape),
         tuple(torch.Generator().manual_seed(seed) for seed in seeds), MEMORY[memory],
         batch_size or MEMORY[memory].at_once,
     )  # fmt: skip
+
+
+def walk_times(pipe: LatentPipeline, sampling_steps: int, timesteps: Sequence[int] | None) -> Tensor:
+    """[N + 1] from noise to picture: the model's own, or those that are given and the end.
+
+    Raises:
+        ValueError: times that do not fall, that the model does not have, or are not as many as the steps.
+    """
+    if timesteps is None:
+        return pipe.times(sampling_steps)
+    given = list(timesteps)
+    if not given or any(later >= earlier for earlier, later in itertools.pairwise(given)):
+        raise ValueError(f"timesteps: expected times of the network that fall, such as [800], got {given}")
+    if sampling_steps not in (1, len(given)):
+        raise ValueError(f"sampling_steps: expected {len(given)}, as there are timesteps, or none, got "
+                         f"{sampling_steps}")  # fmt: skip
+    times = pipe.process.from_network_time(torch.tensor(given))
+    if given[-1] <= 0 or pipe.process.fraction(times).max() > 1:
+        raise ValueError(f"timesteps: expected times of the network above 0 and on its noise axis, got {given}")
+    return torch.cat([times, pipe.times(1)[-1:]])
 
 
 def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
+    LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -72,6 +73,17 @@ def test_the_noise_makes_the_same_picture_in_the_stock_pipeline(family: str) -> 
     pictures = pipe(PROMPTS, latents=result.noise, num_inference_steps=2, guidance_scale=3.0, output_type="pt",
                     height=32, width=32).images  # fmt: skip
     torch.testing.assert_close(pictures.float(), result.best.pixels, rtol=0, atol=2e-4)
+
+
+def test_a_one_step_network_starts_where_it_was_distilled_to() -> None:
+    """As Hyper-SDXL's is drawn: LCM's scheduler from pure noise at timestep 800."""
+    pipe = stock_of("sdxl")
+    result = optimized(pipe, sampling_steps=1, timesteps=[800], guidance_scale=0.0)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pictures = pipe(PROMPTS, latents=result.noise, timesteps=[800], num_inference_steps=1, guidance_scale=0.0,
+                    output_type="pt", height=32, width=32).images  # fmt: skip
+    torch.testing.assert_close(pictures.float(), result.best.pixels, rtol=0, atol=2e-4)
+    assert result.evaluations == 3 and result.settings["timesteps"] == [800]
 
 
 def test_a_stock_pipeline_is_taken_as_it_is_and_left_so() -> None:
@@ -266,6 +278,11 @@ def test_the_plot_has_a_curve_for_each_number() -> None:
         ({"seed": [1, 2, 3]}, "or one for each of 2 prompts"),
         ({"height": 33}, "expected a height and width that are multiples of 4, got 33 x 32"),
         ({"sampling_steps": 0}, "expected 1 to 1000 sampling steps, got 0"),
+        ({"timesteps": []}, "times of the network that fall"),
+        ({"timesteps": [400, 800]}, "times of the network that fall"),
+        ({"timesteps": [1200, 800]}, "on its noise axis"),
+        ({"timesteps": [800, 0]}, "above 0"),
+        ({"timesteps": [800], "sampling_steps": 4}, "sampling_steps: expected 1, as there are timesteps"),
         ({"guidance_scale": -1.0}, "guidance_scale: expected a number of at least 0"),
         ({"memory": "tiny"}, "unknown memory 'tiny'"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
