@@ -59,7 +59,8 @@ def objective_of(
     return Objective(
         tuple(prompts), rewards, Counted(pipe.predict), pipe.process, pipe.parametrization, condition,
         {name: value.to(device) for name, value in empty.items()}, as_stock(guidance_scale),
-        walk_times(pipe, sampling_steps, timesteps).to(device), shape, pipe.decoder() if vae is None else small_decoder(vae, shape),
+        walk_times(pipe, sampling_steps, timesteps).to(device), shape,
+        pipe.decoder() if vae is None else small_decoder(vae, shape),
         tuple(torch.Generator().manual_seed(seed) for seed in seeds), MEMORY[memory],
         batch_size or MEMORY[memory].at_once,
     )  # fmt: skip
