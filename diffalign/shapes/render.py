@@ -20,9 +20,9 @@ PALETTE = {
 CROSS_ARM = 0.36  # width of a cross's arm as a share of its size
 
 _SIZES = {"single": (18, 34), "two": (14, 22), "count": (12, 17)}  # pixels of a 64-pixel picture
-_GAP = 5.0  # the least space between two bounding boxes, so that JPEG and the VAE do not join them
-_MARGIN = 2.0
-_SUPERSAMPLE = 4
+GAP = 5.0  # the least space between two bounding boxes, so that JPEG and the VAE do not join them
+MARGIN = 2.0
+SUPERSAMPLE = 4
 
 Box = tuple[float, float, float, float]
 
@@ -56,41 +56,43 @@ def render(scene: Scene, rng: random.Random, size: int = 64) -> Image.Image:
     """A picture of the scene, RGB, `size` x `size` pixels, anti-aliased; all of it follows from `rng`."""
     scale = size / 64
     boxes = [tuple(v * scale for v in box) for box in _layout(scene, rng)]
-    canvas = _background(rng, size * _SUPERSAMPLE)
+    canvas = background(rng, size * SUPERSAMPLE)
     draw = ImageDraw.Draw(canvas)
     for thing, box in zip(scene.things, boxes, strict=True):
-        left, top, right, bottom = (round(v * _SUPERSAMPLE) for v in box)
-        draw_shape(draw, thing.shape, (left, top, right, bottom), _fill(thing, rng))
+        left, top, right, bottom = (round(v * SUPERSAMPLE) for v in box)
+        draw_shape(draw, thing.shape, (left, top, right, bottom), shade(thing, rng))
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 
 def _layout(scene: Scene, rng: random.Random) -> list[Box]:
-    """Rejection sampling of one box per thing: apart by `_GAP`, and in the relation that the caption names."""
+    """Rejection sampling of one box per thing: apart by `GAP`, and in the relation that the caption names."""
     while True:
         boxes: list[Box] = []
         for _ in scene.things:
             extent = rng.uniform(*_SIZES[scene.category])
-            left, top = (rng.uniform(_MARGIN, 64 - _MARGIN - extent) for _ in range(2))
+            left, top = (rng.uniform(MARGIN, 64 - MARGIN - extent) for _ in range(2))
             boxes.append((left, top, left + extent, top + extent))
-        if _apart(boxes) and (scene.relation is None or _related(scene.relation, *boxes)):
+        if apart(boxes) and (scene.relation is None or related(scene.relation, *boxes)):
             return boxes
 
 
-def _apart(boxes: list[Box]) -> bool:
+def apart(boxes: list[Box]) -> bool:
+    """Whether no two boxes are nearer than `GAP`."""
     return all(
-        a[2] + _GAP <= b[0] or b[2] + _GAP <= a[0] or a[3] + _GAP <= b[1] or b[3] + _GAP <= a[1]
+        a[2] + GAP <= b[0] or b[2] + GAP <= a[0] or a[3] + GAP <= b[1] or b[3] + GAP <= a[1]
         for i, a in enumerate(boxes)
         for b in boxes[:i]
     )
 
 
-def _related(relation: str, first: Box, second: Box) -> bool:
+def related(relation: str, first: Box, second: Box) -> bool:
+    """Whether the first box lies so of the second, beyond doubt."""
     dx, dy = ((second[i] + second[i + 2] - first[i] - first[i + 2]) / 2 for i in range(2))
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return along > 1.25 * abs(across)  # the verifier asks for 1.0: what is drawn is never a close call
 
 
-def _background(rng: random.Random, size: int) -> Image.Image:
+def background(rng: random.Random, size: int) -> Image.Image:
     """Nearly neutral, light or dark, with a soft gradient in a random direction."""
     low, high = rng.choice(((200, 250), (15, 70)))
     start, end = (rng.uniform(low, high) for _ in range(2))
@@ -102,6 +104,7 @@ def _background(rng: random.Random, size: int) -> Image.Image:
     return Image.merge("RGB", bands)
 
 
-def _fill(thing: Thing, rng: random.Random) -> tuple[int, int, int]:
+def shade(thing: Thing, rng: random.Random) -> tuple[int, int, int]:
+    """Its color, a little off the palette's."""
     red, green, blue = (max(0, min(255, value + rng.randint(-12, 12))) for value in PALETTE[thing.color])
     return red, green, blue
