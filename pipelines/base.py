@@ -41,7 +41,8 @@ class LatentPipeline(ABC):
         self.name = name  # what it was loaded from
         self.network: Any = getattr(stock, self.lora_prefix)  # the one module to train, with diffusers' adapter methods
         self._stock: Any = stock
-        self._factor: int = stock.vae_scale_factor
+        spatial = "vae_scale_factor_spatial"  # the name that video pipelines have for it
+        self._factor: int = getattr(stock, spatial) if hasattr(stock, spatial) else stock.vae_scale_factor
         for part in stock.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()

@@ -68,7 +68,7 @@ def _parts_of_its_own(folder: str, dtype: torch.dtype | None) -> tuple[str, dict
 def vae_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, log-variance) of the scaled latents: z = (code - shift) * scale."""
     x = pixels.to(vae.device, vae.dtype) * 2 - 1
-    with _own_dtype(vae):
+    with own_dtype(vae):
         posterior = vae.encode(x).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     mean = (posterior.mean.float() - shift) * scale
@@ -80,11 +80,11 @@ def vae_decode(vae: Any, latents: Tensor) -> Tensor:
     """Pixels around [0, 1], fp32, differentiable."""
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
     code = latents.float() / scale + shift
-    with _own_dtype(vae):
+    with own_dtype(vae):
         return vae.decode(code.to(vae.dtype)).sample.float() / 2 + 0.5
 
 
-def _own_dtype(vae: Any) -> torch.autocast:
+def own_dtype(vae: Any) -> torch.autocast:
     """Training may autocast to fp16 around it, in which a VAE that is held in fp32 for its range would overflow."""
     return torch.autocast(vae.device.type, enabled=False)
 

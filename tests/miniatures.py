@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -21,6 +22,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -30,6 +34,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from diffalign.shapes.tiny_sd import build_tokenizer
@@ -71,6 +77,24 @@ def stable_diffusion_xl(
                    projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2)),
         scheduler=_scheduler(prediction_type, scheduler), force_zeros_for_empty_prompt=zeros, add_watermarker=False,
     )  # fmt: skip
+    return _saved(pipe)
+
+
+@functools.cache
+def wan(scheduler: str = "euler", seed: int = 0) -> Path:
+    """A folder of a WanPipeline: clips of 5 frames of 32 pixels, latents of 2 x 4 x 4."""
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0)
+    transformer = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+                                        text_dim=24, freq_dim=16, ffn_dim=32, num_layers=2)  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1,
+                           latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 1.0])  # fmt: skip
+    schedulers = {"euler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+                  "unipc": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                                   flow_shift=3.0)}  # fmt: skip
+    pipe = WanPipeline(tokenizer=tokenizer, text_encoder=UMT5EncoderModel(text), vae=vae, transformer=transformer,
+                       scheduler=schedulers[scheduler])  # fmt: skip
     return _saved(pipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Protocol
 import torch
 
 from diffalign.pipelines.base import LatentPipeline
+from diffalign.pipelines.common import stock_warnings_off
 from diffalign.writing import replacing_folder
 
 
@@ -63,9 +65,8 @@ class Halved:
         self.pipe = pipe
 
     def save_pretrained(self, save_directory: str) -> None:
-        parts = (self.pipe.network, self.pipe.stock.vae)
-        for part in parts:
-            part.to(torch.float16)
-        self.pipe.save_pretrained(save_directory)
-        for part in parts:
-            part.to(torch.float32)
+        stock = copy.copy(self.pipe.stock)  # cast in place, tables that are in no file would lose digits for good
+        with stock_warnings_off():  # that some parts are cast which diffusers loads in fp32: so it will, from fp16
+            for name in (self.pipe.lora_prefix, "vae"):
+                stock.register_modules(**{name: copy.deepcopy(getattr(stock, name)).to(torch.float16)})
+            stock.save_pretrained(save_directory)

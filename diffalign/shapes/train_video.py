@@ -1,0 +1,284 @@
+"""Trains tiny-video, the small text-to-video model: transformer and text encoder together, on a trained VAE.
+
+    python -m diffalign.shapes.train_video_vae ...                                # first, see there
+    python -m diffalign.shapes.train_video --vae runs/tiny-video-vae --out runs/tiny-video --steps 6000
+    python -m diffalign.shapes.train_video --init assets/tiny-video --out runs/tiny-video --steps 3000
+
+What is saved is a stock WanPipeline folder with the averaged weights; a file beside it (OUT.state.pt) continues a
+killed run where it stopped. Every --eval-every steps the validation pass rate is printed, of clips that are drawn in 20
+steps with the stock pipeline's guidance of 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from diffalign.pipelines.wan import TOKENS, Wan
+from diffalign.process import target
+from diffalign.sampling import ddim_stepper, draw, guided, sample
+from diffalign.seeds import mix
+from diffalign.shapes import tiny_video
+from diffalign.shapes.clips import Clip, render_clip
+from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES
+from diffalign.shapes.motion import DIRECTIONS, SPEEDS, MovingScene, sample_moving
+from diffalign.shapes.tiny_video import FRAMES, SIDE, TEXT_WIDTH
+from diffalign.shapes.train import PROMPT_DROPOUT, draw_times, state_file
+from diffalign.shapes.train_common import Halved, cosine_lr, save_atomically, update_ema
+from diffalign.shapes.verify_clip import verify_clip
+from diffalign.writing import replacing
+
+FACTS_WEIGHT = 0.1
+SHORT, SHORT_SHARE = 16, 0.9  # tokens of most steps; the others have up to the stock pipeline's number of them
+GUIDANCE, STEPS = 5.0, 20  # of validation clips
+# what a caption says, each as one of so many: the mover, the other one or none, its relation, ways, speed
+CHOICES = (len(COLORS), len(SHAPES), 1 + len(COLORS), 1 + len(SHAPES), 1 + len(RELATIONS), 1 + len(DIRECTIONS),
+           1 + len(DIRECTIONS), 1 + len(SPEEDS))  # fmt: skip
+
+
+def facts(several: Sequence[MovingScene]) -> Tensor:
+    """int64 [N, 8]: what captions say, see `CHOICES`; 0 is none where there may be none."""
+    rows = []
+    for moving in several:
+        *others, mover = moving.scene.things
+        other, (first, second) = others[0] if others else None, moving.motion.ways
+        rows.append([
+            COLORS.index(mover.color), SHAPES.index(mover.shape),
+            1 + COLORS.index(other.color) if other else 0, 1 + SHAPES.index(other.shape) if other else 0,
+            _place(moving.scene.relation, RELATIONS), _place(first, tuple(DIRECTIONS)),
+            _place(second, tuple(DIRECTIONS)), _place(moving.motion.speed, SPEEDS),
+        ])  # fmt: skip
+    return torch.tensor(rows)
+
+
+def _place(word: str | None, known: Sequence[str]) -> int:
+    return 0 if word is None else 1 + known.index(word)
+
+
+@torch.no_grad()
+def latent_pool(pipe: Wan, several: Sequence[MovingScene], seed: int) -> Tensor:
+    """One freshly drawn clip per caption as latents [N, 16, 3, 8, 8]."""
+    rng, parts = random.Random(seed), []
+    for start in range(0, len(several), 32):
+        drawn = np.stack([render_clip(moving, rng, FRAMES) for moving in several[start : start + 32]])
+        pixels = torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).float().div(255)
+        parts.append(pipe.encode(pixels)[0])
+    return torch.cat(parts).contiguous()
+
+
+@torch.no_grad()
+def drawn(pipe: Wan, captions: Sequence[str], seed: int, steps: int = STEPS, batch: int = 32) -> Iterator[Clip]:
+    """A clip for each caption, uint8 [9, 64, 64, 3]."""
+    times, device = pipe.times(steps), next(pipe.network.parameters()).device
+    for start in range(0, len(captions), batch):
+        some = list(captions[start : start + batch])
+        generators = [torch.Generator().manual_seed(mix(seed, start + row)) for row in range(len(some))]
+        noise = draw(pipe.latent_shape(SIDE, SIDE, FRAMES), generators).to(device)
+        policy = guided(pipe.predict, pipe.encode_prompts([""] * len(some)), GUIDANCE)
+        step = ddim_stepper(policy, pipe.process, pipe.parametrization, pipe.encode_prompts(some))
+        pixels = pipe.decode(sample(step, noise, times.to(device)).x).clamp(0, 1)
+        yield from (pixels * 255).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+class Trainer:
+    """A pipeline whose transformer and text encoder learn; one `step` at a time, which follows from (seed, step)."""
+
+    def __init__(self, pipe: Wan, args: argparse.Namespace) -> None:
+        self.args, self.pipe = args, pipe
+        torch.manual_seed(args.seed)
+        self.reader = nn.Linear(TEXT_WIDTH, sum(CHOICES)).to(args.device)
+        parts = {"transformer": pipe.network, "text_encoder": pipe.stock.text_encoder}
+        self.modules = nn.ModuleDict(parts).train().requires_grad_(True)
+        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
+        self.parameters = [*self.modules.parameters(), *self.reader.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        self.done, self.pool_seed = 0, -1
+
+    def refresh_pool(self, seed: int) -> None:
+        """Draws the pool of `args.pool` clips again."""
+        self.scenes = sample_moving("train", self.args.pool, seed)
+        self.latents = latent_pool(self.pipe, self.scenes, seed).to(self.args.device)
+        self.facts = facts(self.scenes).to(self.args.device)
+        self.pool_seed = seed
+
+    def step(self) -> float:
+        """One optimizer step; the error of the velocity."""
+        g = torch.Generator().manual_seed(mix(self.args.seed, self.done))
+        n, device, process = self.args.batch, self.args.device, self.pipe.process
+        if (seed := self.args.seed + self.done // self.args.pool_steps) != self.pool_seed:
+            self.refresh_pool(seed)
+        pick = torch.randint(len(self.latents), (n,), generator=g)
+        x0 = self.latents[pick.to(device)]
+        eps, t = torch.randn(x0.shape, generator=g).to(device), draw_times(process, n, g).to(device)
+        dropped = torch.rand(n, generator=g) < PROMPT_DROPOUT
+        self.pipe.max_sequence_length = _tokens(g)
+        prompts = ["" if drop else str(self.scenes[i]) for i, drop in zip(pick.tolist(), dropped.tolist(), strict=True)]
+        condition = self.pipe.encode_prompts(prompts)
+        said = self.pipe.predict(process.add_noise(x0, eps, t), t, condition)
+        y = target(self.pipe.parametrization, x0, eps, *process.coefficients(t))
+        error = (said - y).square().mean()
+        read = facts_loss(self.reader, condition["prompt_embeds"][~dropped], self.facts[pick[~dropped]])
+        self._update(error + FACTS_WEIGHT * read)
+        return error.item()
+
+    def teach(self, steps: int) -> None:
+        """Before the first step: what the text encoder then has to keep, as `train_text` tells of pictures."""
+        text, self.pipe.max_sequence_length = self.pipe.stock.text_encoder, SHORT
+        optimizer = torch.optim.AdamW([*text.parameters(), *self.reader.parameters()], lr=1e-3)
+        for step in range(steps):
+            some = sample_moving("train", 64, mix(self.args.seed, step, 7) % 2**31)
+            hidden = self.pipe.encode_prompts([str(moving) for moving in some])["prompt_embeds"]
+            optimizer.param_groups[0]["lr"] = cosine_lr(1e-3, step, steps, warmup=50)
+            value = facts_loss(self.reader, hidden, facts(some).to(self.args.device))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
+
+    @torch.no_grad()
+    def known(self) -> float:
+        """Share of validation captions of which every fact is read right."""
+        some, self.pipe.max_sequence_length = sample_moving("validation", 256, seed=1), SHORT
+        answers = self.reader(mean_token(self.pipe.encode_prompts([str(moving) for moving in some])["prompt_embeds"]))
+        read = torch.stack([part.argmax(-1) for part in answers.split(CHOICES, -1)], -1)
+        return read.eq(facts(some).to(read.device)).all(1).float().mean().item()
+
+    def _update(self, value: Tensor) -> None:
+        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=200)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.done += 1
+        update_ema(self.average, self.modules, min(self.args.ema, (1 + self.done) / (10 + self.done)))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Wan]:
+        """The pipeline with the averaged weights in it, as it ships."""
+        live = {name: value.clone() for name, value in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.average)
+        self.modules.eval()
+        self.pipe.max_sequence_length = SHORT
+        try:
+            yield self.pipe
+        finally:
+            self.modules.load_state_dict(live)
+            self.modules.train()
+
+    def save(self) -> None:
+        with self.averaged() as pipe:
+            save_atomically(Halved(pipe), self.args.out)
+        modules = [module.state_dict() for module in (self.modules, self.reader, self.optimizer)]
+        with replacing(state_file(self.args.out)) as partial:
+            torch.save({"done": self.done, "modules": modules, "average": self.average}, partial)
+
+    def resume(self) -> bool:
+        """True when there was a state to go on from."""
+        file = state_file(self.args.out)
+        if not file.exists():
+            return False
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
+        modules, reader, optimizer = state["modules"]
+        self.modules.load_state_dict(modules)
+        self.reader.load_state_dict(reader)
+        self.optimizer.load_state_dict(optimizer)
+        self.done, self.average = state["done"], state["average"]
+        print(f"resumed at step {self.done}", flush=True)
+        return True
+
+    def report(self) -> None:
+        """Prints how many validation clips do what their captions say, and how many show the right things at all."""
+        scenes, passed, shown = sample_moving("validation", self.args.draws, seed=1), defaultdict(list), []
+        with self.averaged() as pipe:
+            for clip, moving in zip(drawn(pipe, [str(one) for one in scenes], seed=0), scenes, strict=True):
+                verdict = verify_clip(clip, moving)
+                passed[moving.category].append(verdict.ok)
+                shown.append(np.mean([frame.ok for frame in verdict.frames]))
+        rates = {name: round(float(np.mean(found)), 3) for name, found in sorted(passed.items())}
+        every = np.mean([one for found in passed.values() for one in found])
+        print(f"step {self.done} validation {every:.3f} {rates}, frames that show the scene {np.mean(shown):.3f}, "
+              f"facts known {self.known():.3f}", flush=True)  # fmt: skip
+
+
+def mean_token(hidden: Tensor) -> Tensor:
+    """[N, width]: the mean of what is not padding, of embeddings [N, L, width] that are zero beyond the end."""
+    there = hidden.abs().sum(-1, keepdim=True) > 0
+    return hidden.sum(1) / there.sum(1).clamp(min=1)
+
+
+def facts_loss(reader: nn.Module, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of the facts, read from the mean token; a scalar."""
+    answers = reader(mean_token(hidden)).split(CHOICES, -1)
+    return torch.stack([F.cross_entropy(part, wanted[:, number]) for number, part in enumerate(answers)]).sum()
+
+
+def _tokens(generator: torch.Generator) -> int:
+    """How many tokens prompts are padded to in a step: a model that knows one number only fails at every other."""
+    if torch.rand((), generator=generator).item() < SHORT_SHARE:
+        return SHORT
+    low, high = np.log2((SHORT, TOKENS))
+    return round(2 ** (low + (high - low) * torch.rand((), generator=generator).item()))
+
+
+def initial_pipeline(args: argparse.Namespace) -> Wan:
+    """From a folder to go on with, or from scratch around a trained VAE."""
+    if args.init:
+        return Wan.load(str(args.init), dtype=torch.float32, device=args.device, revision=None, variant=None)
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKLWan.from_pretrained(args.vae, torch_dtype=torch.float32)
+    return Wan(tiny_video.build(vae).to(args.device), "tiny-video")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vae", type=Path, help="folder of the trained VAE: starts from scratch")
+    source.add_argument("--init", type=Path, help="pipeline folder to go on with")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--teach-text", type=int, metavar="STEPS", default=1500, help="of the text encoder, first")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--pool", type=int, default=4000, help="clips drawn at a time")
+    parser.add_argument("--pool-steps", type=int, default=1500, help="steps between two drawings of the pool")
+    parser.add_argument("--eval-every", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--draws", type=int, default=96, help="validation clips of an evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    trainer = Trainer(initial_pipeline(args), args)
+    if not trainer.resume() and not args.init:
+        trainer.teach(args.teach_text)
+        print(f"text taught for {args.teach_text} steps: all facts of a validation caption known in "
+              f"{trainer.known():.1%}", flush=True)  # fmt: skip
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in trainer.modules.items()}
+    print(", ".join(f"{name} {size:.2f}M" for name, size in sizes.items()), flush=True)
+    start, first, losses = time.time(), trainer.done, []
+    while trainer.done < args.steps:
+        losses.append(trainer.step())
+        done = trainer.done
+        if done % 50 == 0:
+            pace = (time.time() - start) / (done - first)
+            print(f"step {done} loss {np.mean(losses[-50:]):.4f} {pace:.3f} s/step", flush=True)
+        if done % args.save_every == 0 or done == args.steps:
+            trainer.save()
+        if done % args.eval_every == 0 or done == args.steps:
+            trainer.report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Trains the autoencoder of tiny-video: clips of 9 frames of 64 pixels to 3 x 8 x 8 x 16 latents.
+
+    python -m diffalign.shapes.train_video_vae --out runs/tiny-video-vae-1 --frames 1 --batch 32 --steps 1500
+    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --steps 1500
+
+First pictures, which are clips of one frame to a causal VAE and cost a ninth, then clips. The loss is that of
+`train_vae`; what is saved has the mean and deviation of each channel of its latents, as Wan's has. A file beside it
+(OUT.state.pt) continues a killed run where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from diffalign.seeds import mix
+from diffalign.shapes.clips import render_clip
+from diffalign.shapes.motion import sample_moving
+from diffalign.shapes.tiny_video import FRAMES, build_vae
+from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
+from diffalign.writing import replacing
+
+KL_WEIGHT = 5e-7  # per clip and frame, see `train_vae`
+
+
+def clips(count: int, frames: int, seed: int) -> Tensor:
+    """fp32 [count, 3, frames, 64, 64] in [-1, 1]: freshly drawn training clips, or a frame of each."""
+    rng = random.Random(seed)
+    drawn = [render_clip(moving, rng, FRAMES) for moving in sample_moving("train", count, seed)]
+    if frames == 1:
+        drawn = [clip[(place := rng.randrange(FRAMES)) : place + 1] for clip in drawn]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
+
+
+def loss(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """Reconstruction and KL of clips in [-1, 1]."""
+    posterior = vae.encode(x).latent_dist
+    y = vae.decode(posterior.sample()).sample
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum() / (len(x) * x.shape[2])
+    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
+
+
+class Trainer:
+    """A VAE, its average and optimizer; one `step` at a time, which follows from (seed, step)."""
+
+    def __init__(self, vae: AutoencoderKLWan, args: argparse.Namespace) -> None:
+        self.args, self.vae = args, vae.to(args.device)
+        self.average = copy.deepcopy(vae).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.done = 0
+
+    def step(self) -> float:
+        torch.manual_seed(mix(self.args.seed, self.done))  # of the posterior's draw
+        x = clips(self.args.batch, self.args.frames, mix(self.args.seed, self.done, 1) % 2**31).to(self.args.device)
+        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=100)
+        value = loss(self.vae, x)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+        update_ema(self.average.state_dict(), self.vae, min(self.args.ema, (1 + self.done) / (10 + self.done)))
+        return value.item()
+
+    def save(self) -> None:
+        set_scales(self.average, self.args)
+        save_atomically(self.average, self.args.out)
+        modules = [module.state_dict() for module in (self.vae, self.average, self.optimizer)]
+        with replacing(state_file(self.args.out)) as partial:
+            torch.save({"done": self.done, "modules": modules}, partial)
+
+    def resume(self) -> None:
+        """Goes on from what an earlier call left, if there is something."""
+        if state_file(self.args.out).exists():
+            state = torch.load(state_file(self.args.out), map_location=self.args.device, weights_only=True)
+            for module, values in zip((self.vae, self.average, self.optimizer), state["modules"], strict=True):
+                module.load_state_dict(values)
+            self.done = state["done"]
+            print(f"resumed at step {self.done}", flush=True)
+
+
+def state_file(out: Path) -> Path:
+    """What a killed run goes on from."""
+    return out.with_name(out.name + ".state.pt")
+
+
+@torch.no_grad()
+def set_scales(vae: AutoencoderKLWan, args: argparse.Namespace) -> None:
+    """Mean and deviation of each channel, over training clips."""
+    x = clips(128, args.frames, seed=999).to(args.device)
+    codes = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(16)])
+    over = (0, 2, 3, 4)
+    vae.register_to_config(latents_mean=[round(value, 4) for value in codes.mean(over).tolist()],
+                           latents_std=[round(value, 4) for value in codes.std(over).tolist()])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="folder of a VAE to go on with")
+    parser.add_argument("--frames", type=int, choices=(1, FRAMES), default=FRAMES)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKLWan.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae()
+    trainer = Trainer(vae, args)
+    trainer.resume()
+    print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.3f}M parameters", flush=True)
+    start, first, values = time.time(), trainer.done, []
+    while trainer.done < args.steps:
+        values.append(trainer.step())
+        if trainer.done % 50 == 0:
+            pace = (time.time() - start) / (trainer.done - first)
+            print(f"step {trainer.done} loss {np.mean(values[-50:]):.4f} {pace:.3f} s/step", flush=True)
+        if trainer.done % args.save_every == 0 or trainer.done == args.steps:
+            trainer.save()
+
+
+if __name__ == "__main__":
+    main()

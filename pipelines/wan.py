@@ -1,0 +1,139 @@
+"""Wan 2.1 text to video: a flow transformer over space and time, a causal VAE, a UMT5 text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+from diffalign.pipelines.base import LatentPipeline, wrong_size
+from diffalign.pipelines.common import load_stock, own_dtype, stock_warnings_off, warn_of_long_prompts
+from diffalign.process import RectifiedFlow
+from diffalign.sampling import Condition
+
+TOKENS = 512  # that UMT5 is padded or cut to unless `max_sequence_length` says otherwise; the stock pipeline's default
+FRAMES, HEIGHT, WIDTH = 81, 480, 832  # the stock pipeline's defaults: nothing in a checkpoint tells its own size
+
+
+class Wan(LatentPipeline):
+    """Loads any stock WanPipeline folder with one transformer (Wan 2.1, T2V).
+
+    Pixels are clips, fp32 [B, 3, F, H, W] in [0, 1]; latents [B, C, f, h, w] with f = (F - 1) / 4 + 1: the first frame
+    has a latent of its own, and four frames share each of the others. A condition holds `prompt_embeds`
+    [B, `max_sequence_length`, 4096], zeros beyond the prompt's end.
+    """
+
+    max_sequence_length: int = TOKENS
+
+    family: ClassVar[str] = "wan"
+    lora_prefix: ClassVar[str] = "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def __init__(self, stock: WanPipeline, name: str) -> None:
+        refuse_two_stages(stock, name)
+        super().__init__(stock, name)
+        self.parametrization = "flow"
+        config = stock.scheduler.config
+        # Wan ships with UniPC, a sampler of higher order of the same flow; its shift has a name of its own there
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        self._scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=shift)
+        self.process = RectifiedFlow(shift=shift, scale=config.num_train_timesteps)
+
+    @classmethod
+    def load(
+        cls, folder: str, *, dtype: torch.dtype, device: torch.device | str, revision: str | None, variant: str | None
+    ) -> Wan:
+        stock = load_stock(WanPipeline, folder, dtype=dtype, revision=revision, variant=variant)
+        return cls(stock.to(device), folder)
+
+    def set_max_sequence_length(self, tokens: int) -> None:
+        if not 1 <= tokens <= TOKENS:
+            raise ValueError(f"max_sequence_length: expected 1 to {TOKENS} tokens of UMT5, got {tokens}")
+        self.max_sequence_length = tokens
+
+    def fingerprint(self, part: str) -> str:
+        own = part == "text" and self.max_sequence_length != TOKENS
+        return super().fingerprint(part) + (f"-{self.max_sequence_length}" if own else "")
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        stock = self.stock
+        warn_of_long_prompts(stock.tokenizer, prompts, self.max_sequence_length)
+        with stock_warnings_off():
+            embeds, _ = stock.encode_prompt(list(prompts), do_classifier_free_guidance=False,
+                                            device=stock.text_encoder.device,
+                                            max_sequence_length=self.max_sequence_length)  # fmt: skip
+        return {"prompt_embeds": embeds.float()}
+
+    def times(self, steps: int) -> Tensor:
+        if not 1 <= steps <= self._scheduler.config.num_train_timesteps:
+            raise ValueError(f"expected 1 to {self._scheduler.config.num_train_timesteps} sampling steps, got {steps}")
+        self._scheduler.set_timesteps(steps)
+        return self._scheduler.sigmas.float().cpu()
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        dtype = self.network.dtype  # its norms and modulations stay fp32 in a 16-bit folder
+        y = self.network(x_t.to(dtype), timestep=self.process.network_time(t), return_dict=False,
+                         encoder_hidden_states=condition["prompt_embeds"].to(dtype))  # fmt: skip
+        return y[0].float()
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, log-variance) of the latents, each fp32 [B, C, f, h, w], of clips [B, 3, F, H, W] in [0, 1]."""
+        vae = self.stock.vae
+        with own_dtype(vae):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype) * 2 - 1).latent_dist
+        mean, std = channel_scales(vae)
+        return (posterior.mean.float() - mean) / std, posterior.logvar.float() - 2 * std.log()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips [B, 3, F, H, W] in [0, 1] of latents [B, C, f, h, w]; the stock VAE clamps, with no gradient beyond."""
+        return self.decoder()(latents)
+
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        vae = self.stock.vae
+
+        def decode(latents: Tensor) -> Tensor:
+            mean, std = channel_scales(vae)
+            code = latents.float() * std + mean
+            with own_dtype(vae):
+                pixels: Tensor = vae.decode(code.to(vae.dtype)).sample.float() / 2 + 0.5
+            return pixels
+
+        return decode
+
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """Shape of one latent for a clip of this size in pixels and frames.
+
+        Raises:
+            ValueError: a size or a number of frames that VAE or network cannot represent.
+        """
+        height, width, frames = height or HEIGHT, width or WIDTH, frames or FRAMES
+        _, *patch = self.network.config.patch_size
+        space, time = self._factor, self._stock.vae_scale_factor_temporal
+        step = space * patch[0]
+        if height % step or width % step or min(height, width) <= 0:
+            raise ValueError(wrong_size(height, width, step, None))
+        if frames < 1 or (frames - 1) % time:
+            near = max(0, round((frames - 1) / time)) * time + 1
+            raise ValueError(f"expected a number of frames of the form {time} n + 1, got {frames}; the nearest is "
+                             f"{near}")  # fmt: skip
+        return (self.network.config.in_channels, (frames - 1) // time + 1, height // space, width // space)
+
+
+def channel_scales(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of each channel of the codes, [1, C, 1, 1, 1]: latents have 0 and 1."""
+    stored = (vae.config.latents_mean, vae.config.latents_std)
+    mean, std = (torch.tensor(values, device=vae.device).float().view(1, -1, 1, 1, 1) for values in stored)
+    return mean, std
+
+
+def refuse_two_stages(stock: WanPipeline, name: str) -> None:
+    """Raises ValueError for Wan 2.2, which has a transformer for high noise and another one for low noise."""
+    if stock.transformer is None or stock.config.get("boundary_ratio") or stock.config.get("expand_timesteps"):
+        raise ValueError(f"{name}: expected a Wan 2.1 model with one transformer, got one of Wan 2.2, whose two stages "
+                         f"or times for each token are not served")  # fmt: skip
