@@ -283,6 +283,15 @@ def measure(size: Size, names: Sequence[str], device: torch.device, minutes: flo
     return result
 
 
+def device_for(small: bool) -> torch.device | None:
+    """The GPU; without one the CPU for what is small, and otherwise none, which is said."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not small:
+        print("there is no CUDA device here: --small tries the script on tiny models", file=sys.stderr)
+    return torch.device("cpu") if small else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny models; runs on a CPU, and its figures mean nothing")
@@ -290,10 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu.json"))
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not args.small:
-        print("there is no CUDA device here: --small tries the script on tiny models", file=sys.stderr)
+    if (device := device_for(args.small)) is None:
         return 1
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with stock_warnings_off():
         result = measure(SMALL if args.small else FULL, args.models, device, args.minutes - 0.5, args.out)
     print(report(result))

@@ -148,7 +148,7 @@ def curves(result: NoiseResult) -> dict[str, Any]:
     """
     looks = [look for look in result.history if look["ends"]]
     total, learned, passed = (torch.stack([look[name] for look in looks]) for name in ("total", "tiny-clip", "shapes"))
-    one_by_one = len(looks) == len(result.history) and result.settings["method"] not in ("paths", "fk")
+    one_by_one = "steps" in result.settings  # a keyword of methods that look at one picture after the other
     marks = [mark for mark in MARKS if mark <= len(looks)] if one_by_one else [len(looks)]
     best = [total[:mark].argmax(0, keepdim=True) for mark in marks]
     passed = passed == 1.0
@@ -198,15 +198,15 @@ def main() -> None:
         for row in (ROWS[name] for name in args.rows):
             row = Row(row.name, row.method, {**row.options, **keywords(args.options)}, row.pay)
             folder = FOLDER / "rows" if official else args.work
-            run_row(row, task, folder / f"{key_of_name(row.name)}.json", args.again or not official)
+            run_row(row, task, folder / f"{file_name(row.name)}.json", args.again or not official)
             if official:
                 write_page(list(ROWS))
     if official:
         write_page(list(ROWS))
 
 
-def key_of_name(name: str) -> str:
-    """As a file name."""
+def file_name(name: str) -> str:
+    """Of a row, without what shells would have quoted."""
     return name.replace(",", "").replace(" ", "-")
 
 

@@ -41,7 +41,8 @@ def write_page(names: Sequence[str], folder: Path = FOLDER) -> None:
     found = [entry_of(rows[name], rows[PLAIN]) for name in names if name in rows] if PLAIN in rows else []
     parts = [HEAD, table_row(COLUMNS), table_row(["---", *["---:"] * (len(COLUMNS) - 1)])]
     if found:
-        parts += [_plain_line(rows[PLAIN]), *(_line(entry) for entry in sorted(found, key=lambda e: -e["passes"]))]
+        ordered = sorted(found, key=lambda entry: -entry["passes"])
+        parts += [_plain_line(rows[PLAIN]), _true_choice(rows[PLAIN]), *map(_line, ordered)]
     parts += [table_row([name, "not run", *[""] * (len(COLUMNS) - 2)]) for name in names
               if name not in [entry["row"] for entry in found]]  # fmt: skip
     if found:
@@ -75,6 +76,16 @@ def _plain_line(row: dict[str, Any]) -> str:
     return table_row([
         "plain picture", f"{100 * passed.estimate:.1f} [{low:.1f}, {high:.1f}]", "", "", "",
         f"{np.mean(row['learned'][0]):.2f}", "", f"{row['evaluations'] / looks:.0f}", f"{row['seconds'] / looks:.2f}",
+    ])  # fmt: skip
+
+
+def _true_choice(row: dict[str, Any]) -> str:
+    """The same looks, had the verifier chosen among them: no other choice of them does better."""
+    before, rival, best = numbers(row["passed"][0]), numbers(row["passed"][-1]), numbers(row["any"][-1])
+    return table_row([
+        f"{PLAIN}, chosen by the verifier", f"{100 * best.mean():.1f}", _points(_as_list(before, best)),
+        _points(_as_list(rival, best)), f"{100 * best.mean():.1f}", "", "", f"{row['evaluations']:.0f}",
+        f"{row['seconds']:.1f}",
     ])  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "DIFFALIGN_DEBUG"
+HOME = ("127.0.0.1", "localhost", "::1", "[::1]")  # addresses that this machine alone can reach
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",

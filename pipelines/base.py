@@ -33,12 +33,16 @@ class LatentPipeline(ABC):
     lora_prefix: ClassVar[str]  # the network's name in the stock pipeline and in a LoRA file: "unet" or "transformer"
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
     parts: ClassVar[tuple[str, ...]] = ()  # of the stock pipeline, without which it does not work
+    t5_tokens: ClassVar[tuple[int, int] | None] = None  # that its T5 is padded or cut to: (usually, at most)
 
     process: NoiseProcess
     parametrization: str  # a key of diffalign.process.PARAMETRIZATIONS
+    max_sequence_length: int  # of T5's, where there is one
 
     def __init__(self, stock: Any, name: str) -> None:
         self.name = name  # what it was loaded from
+        if self.t5_tokens:
+            self.max_sequence_length = self.t5_tokens[0]
         self.network: Any = getattr(stock, self.lora_prefix)  # the one module to train, with diffusers' adapter methods
         self._stock: Any = stock
         spatial = "vae_scale_factor_spatial"  # the name that video pipelines have for it
@@ -103,7 +107,8 @@ class LatentPipeline(ABC):
         if part == "vae":
             return fingerprint([self.stock.vae], dict(self.stock.vae.config))
         if part == "text":
-            return fingerprint(*text_parts(self.stock))
+            usual = self.t5_tokens is None or self.max_sequence_length == self.t5_tokens[0]
+            return fingerprint(*text_parts(self.stock)) + ("" if usual else f"-{self.max_sequence_length}")
         raise ValueError(f"expected part 'vae' or 'text', got {part!r}")
 
     def set_max_sequence_length(self, tokens: int) -> None:
@@ -112,8 +117,13 @@ class LatentPipeline(ABC):
         Raises:
             ValueError: a family without a choice, or a length that its text encoder does not read.
         """
-        raise ValueError(f"max_sequence_length: expected a model with a T5 text encoder, got {self.name} of the family "
-                         f"{self.family}, whose prompts always have {CLIP_TOKENS} tokens; leave it out")  # fmt: skip
+        if self.t5_tokens is None:
+            raise ValueError(f"max_sequence_length: expected a model with a T5 text encoder, got {self.name} of the "
+                             f"family {self.family}, whose prompts always have {CLIP_TOKENS} tokens; leave it "
+                             f"out")  # fmt: skip
+        if not 1 <= tokens <= self.t5_tokens[1]:
+            raise ValueError(f"max_sequence_length: expected 1 to {self.t5_tokens[1]} tokens of T5, got {tokens}")
+        self.max_sequence_length = tokens
 
     def release(self) -> None:
         """Frees VAE and text encoders; encode, decode and encode_prompts fail with a clear message from then on."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,7 +23,7 @@ from diffalign.process import CLEAN, VariancePreserving
 log = logging.getLogger("diffalign")
 
 CLIP_TOKENS = 77  # what CLIP's text encoders are given, whatever the prompt
-T5_TOKENS = 256  # what T5 is given unless `max_sequence_length` says otherwise; the stock pipeline's default
+T5_TOKENS = 256  # what Stable Diffusion 3's is given unless `max_sequence_length` says otherwise; the stock default
 
 # what diffusers and transformers raise on files that are cut off, or weights that are not those of the config
 UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, SafetensorError)
@@ -110,6 +110,19 @@ def ddim_times(scheduler: DDIMScheduler, steps: int) -> Tensor:
         raise ValueError(f"expected 1 to {total} sampling steps, got {steps}")
     scheduler.set_timesteps(steps)
     return torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
+
+
+def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> Tensor:
+    """[steps + 1]: the stock scheduler's own sigmas, the last one 0.
+
+    Raises:
+        ValueError: more steps than the model has training times, or fewer than one.
+    """
+    total = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"expected 1 to {total} sampling steps, got {steps}")
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.float().cpu()
 
 
 def warn_of_long_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:

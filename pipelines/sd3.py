@@ -11,14 +11,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.pipelines.common import CLIP_TOKENS, T5_TOKENS, load_stock, stock_warnings_off, warn_of_long_prompts
+from diffalign.pipelines.common import (
+    CLIP_TOKENS,
+    T5_TOKENS,
+    flow_times,
+    load_stock,
+    stock_warnings_off,
+    warn_of_long_prompts,
+)
 from diffalign.pipelines.user_attention import user_options
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
 log = logging.getLogger("diffalign")
-
-MOST_T5_TOKENS = 512  # that the stock pipeline takes
 
 
 class StableDiffusion3(LatentPipeline):
@@ -27,9 +32,8 @@ class StableDiffusion3(LatentPipeline):
     A condition holds `prompt_embeds` [B, 77 + `max_sequence_length`, 4096] and the pooled `text_embeds` [B, 2048].
     """
 
-    max_sequence_length: int = T5_TOKENS  # that T5 is padded or cut to
-
     family: ClassVar[str] = "sd3"
+    t5_tokens: ClassVar[tuple[int, int]] = (T5_TOKENS, 512)  # what the stock pipeline takes
     lora_prefix: ClassVar[str] = "transformer"
     # both streams of every block: the picture's projections and the text's
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0",
@@ -61,15 +65,6 @@ class StableDiffusion3(LatentPipeline):
         stock = load_stock(StableDiffusion3Pipeline, folder, dtype=dtype, revision=revision, variant=variant, **absent)
         return cls(stock.to(device), folder)
 
-    def set_max_sequence_length(self, tokens: int) -> None:
-        if not 1 <= tokens <= MOST_T5_TOKENS:
-            raise ValueError(f"max_sequence_length: expected 1 to {MOST_T5_TOKENS} tokens of T5, got {tokens}")
-        self.max_sequence_length = tokens
-
-    def fingerprint(self, part: str) -> str:
-        own = part == "text" and self.max_sequence_length != T5_TOKENS
-        return super().fingerprint(part) + (f"-{self.max_sequence_length}" if own else "")
-
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         stock = self.stock
         # where T5 reads on, what CLIP cuts is not lost
@@ -82,10 +77,7 @@ class StableDiffusion3(LatentPipeline):
         return {"prompt_embeds": embeds.float(), "text_embeds": pooled.float()}
 
     def times(self, steps: int) -> Tensor:
-        if not 1 <= steps <= self._scheduler.config.num_train_timesteps:
-            raise ValueError(f"expected 1 to {self._scheduler.config.num_train_timesteps} sampling steps, got {steps}")
-        self._scheduler.set_timesteps(steps)
-        return self._scheduler.sigmas.float().cpu()
+        return flow_times(self._scheduler, steps)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = next(self.network.parameters()).dtype

@@ -10,11 +10,10 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline, wrong_size
-from diffalign.pipelines.common import load_stock, own_dtype, stock_warnings_off, warn_of_long_prompts
+from diffalign.pipelines.common import flow_times, load_stock, own_dtype, stock_warnings_off, warn_of_long_prompts
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
-TOKENS = 512  # that UMT5 is padded or cut to unless `max_sequence_length` says otherwise; the stock pipeline's default
 FRAMES, HEIGHT, WIDTH = 81, 480, 832  # the stock pipeline's defaults: nothing in a checkpoint tells its own size
 
 
@@ -26,9 +25,8 @@ class Wan(LatentPipeline):
     [B, `max_sequence_length`, 4096], zeros beyond the prompt's end.
     """
 
-    max_sequence_length: int = TOKENS
-
     family: ClassVar[str] = "wan"
+    t5_tokens: ClassVar[tuple[int, int]] = (512, 512)  # of UMT5; the stock pipeline's default
     lora_prefix: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -50,15 +48,6 @@ class Wan(LatentPipeline):
         stock = load_stock(WanPipeline, folder, dtype=dtype, revision=revision, variant=variant)
         return cls(stock.to(device), folder)
 
-    def set_max_sequence_length(self, tokens: int) -> None:
-        if not 1 <= tokens <= TOKENS:
-            raise ValueError(f"max_sequence_length: expected 1 to {TOKENS} tokens of UMT5, got {tokens}")
-        self.max_sequence_length = tokens
-
-    def fingerprint(self, part: str) -> str:
-        own = part == "text" and self.max_sequence_length != TOKENS
-        return super().fingerprint(part) + (f"-{self.max_sequence_length}" if own else "")
-
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         stock = self.stock
         warn_of_long_prompts(stock.tokenizer, prompts, self.max_sequence_length)
@@ -69,10 +58,7 @@ class Wan(LatentPipeline):
         return {"prompt_embeds": embeds.float()}
 
     def times(self, steps: int) -> Tensor:
-        if not 1 <= steps <= self._scheduler.config.num_train_timesteps:
-            raise ValueError(f"expected 1 to {self._scheduler.config.num_train_timesteps} sampling steps, got {steps}")
-        self._scheduler.set_timesteps(steps)
-        return self._scheduler.sigmas.float().cpu()
+        return flow_times(self._scheduler, steps)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         dtype = self.network.dtype  # its norms and modulations stay fp32 in a 16-bit folder

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.arguments import read_pictures
-from diffalign.console import Result
+from diffalign.console import HOME, Result
 from diffalign.judging.export import preferences
 from diffalign.judging.following import Following
 from diffalign.judging.groups import ASKS, LEFT_OUT, Found, read_groups, together
@@ -118,7 +118,7 @@ def judge_pictures(place: Place, serving: Serving) -> Result:
         log.info(
             "%s to judge: open %s and stop with Ctrl-C; choices go to %s", many, url, _databases(place, serving.watch)
         )
-        if serving.host not in server.HOME:
+        if serving.host not in HOME:
             log.warning("--host %s: anybody in the network can see the pictures and judge, under any name",
                         serving.host)  # fmt: skip
         if serving.browser:

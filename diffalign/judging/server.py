@@ -20,12 +20,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from diffalign.console import HOME
 from diffalign.judging.following import Following
 from diffalign.judging.session import Session, named
 from diffalign.manifests import Entry
 from diffalign.pages import templates
 
-HOME = ("127.0.0.1", "localhost", "::1", "[::1]")  # addresses that this machine alone can reach
 SHOWN_AS_STORED = ("image/png", "image/jpeg", "image/webp", "image/avif", "image/bmp")  # what every browser draws
 HEADERS = {  # the page is all that it needs, and nothing may stand in a frame around it
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src "

@@ -33,7 +33,7 @@ log = logging.getLogger("diffalign")
 
 SIDE = 384  # pixels that small pictures are shown at
 MOST = 10.0  # of a slider, or the weight that was given if that is more
-Update = tuple[Image.Image | None, Image.Image | None, pd.DataFrame | None, str]
+Update = tuple[Image.Image, Image.Image, pd.DataFrame, str]
 
 
 class Running:
@@ -91,8 +91,8 @@ def searched(
         gr.Error: what is wrong, as the page shows it.
     """
     names, curve = list(rewards.rewards), []
-    pay = Weighted({name: (rewards.rewards[name], weight) for name, weight in zip(names, weights, strict=True)})
     try:
+        pay = Weighted({name: (rewards.rewards[name], weight) for name, weight in zip(names, weights, strict=True)})
         running = Running(pipe, prompt, pay, keywords(options.split(), **how))
     except ValueError as error:
         raise shown(error) from error
@@ -165,7 +165,7 @@ def build_app(pipe: LatentPipeline, name: str, rewards: Weighted, start: Setting
                                   info="paths and fk have their own number", elem_id="looks")  # fmt: skip
                 sampling = gr.Slider(1, max(50, start.sampling_steps), start.sampling_steps, step=1,
                                      label="Sampling steps")  # fmt: skip
-                guidance = gr.Slider(1, max(15.0, start.guidance_scale), start.guidance_scale, label="Guidance")
+                guidance = gr.Slider(0, max(15.0, start.guidance_scale), start.guidance_scale, label="Guidance")
                 options = gr.Textbox(" ".join(start.options), label="Keywords of the method",
                                      placeholder="lr=5 regularization=0.01", elem_id="options")  # fmt: skip
                 seed = gr.Number(start.seed, precision=0, minimum=0, label="Seed")
@@ -181,7 +181,8 @@ def build_app(pipe: LatentPipeline, name: str, rewards: Weighted, start: Setting
 
         def run(prompt: str, method: str, steps: int, sampling: int, guidance: float, options: str, seed: int,
                 *weights: float) -> Iterator[Update]:  # fmt: skip
-            how = {"method": method, "sampling_steps": int(sampling), "guidance_scale": guidance, "seed": int(seed)}
+            how = {"method": method, "sampling_steps": int(sampling), "guidance_scale": guidance,
+                   "seed": int(seed or 0)}  # fmt: skip
             yield from searched(pipe, rewards, prompt, weights, how | looks(method, int(steps)), options)
 
         given = [prompt, method, steps, sampling, guidance, options, seed, *weights]
@@ -212,6 +213,6 @@ def opened(page: gr.Blocks, serving: Serving) -> str:
             prevent_thread_lock=True, footer_links=[], ssr_mode=False, share=False,
         )  # fmt: skip
     except OSError as error:
-        raise ValueError(f"--port {serving.port}: is taken, or {serving.host} is no address of this machine ({error}); "
-                         f"leave --port out for one that is free") from error  # fmt: skip
+        raise ValueError(f"--host {serving.host} --port {serving.port or 'any'}: is no address of this machine, or is "
+                         f"taken ({error}); leave --port out for one that is free") from error  # fmt: skip
     return str(url)

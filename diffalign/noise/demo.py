@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.console import Result
+from diffalign.console import HOME, Result
+from diffalign.methods.checks import check_not_negative, check_positive
 from diffalign.noise import NOISE_METHODS
 from diffalign.noise.command import dtype_of
 from diffalign.noise.setup import refuse_comparisons
@@ -38,10 +39,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in NOISE_METHODS:
             raise unknown("--method", self.method, NOISE_METHODS)
-        low = [name for name in ("steps", "sampling_steps", "guidance_scale") if getattr(self, name) < 1]
-        if low or self.seed < 0:
-            raise ValueError(f"--{(low or ['seed'])[0].replace('_', '-')}: expected at least {1 if low else 0}, got "
-                             f"{getattr(self, (low or ['seed'])[0])}")  # fmt: skip
+        check_positive("noise-demo", steps=self.steps, sampling_steps=self.sampling_steps)
+        check_not_negative("noise-demo", guidance_scale=self.guidance_scale, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,16 @@ def serve_demo(
             an address that cannot be had.
     """
     try:
-        import gradio  # noqa: F401
+        from diffalign.noise import app
     except ImportError as error:
         raise ValueError("diffalign noise-demo needs gradio: pip install 'diffalign[noise-demo]'") from error
-    from diffalign.noise import app
-
     pipe = load_pipeline(model, device=device, dtype=dtype_of(dtype), attention=attention)
     several = load_rewards(rewards, device=device)
     refuse_comparisons(several)
     page = app.build_app(pipe, model, several, start)
     url = app.opened(page, serving)
     log.info("open %s and stop with Ctrl-C", url)
-    if serving.host not in ("127.0.0.1", "localhost"):
+    if serving.host not in HOME:
         log.warning("--host %s: anybody in the network can search for noise here", serving.host)
     try:
         threading.Event().wait()

@@ -20,12 +20,11 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -37,7 +36,7 @@ from diffalign.sampling import Condition, ddim_stepper, draw, guided, sample
 from diffalign.seeds import mix
 from diffalign.shapes.grammar import sample_scenes
 from diffalign.shapes.rates import pass_rates
-from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
+from diffalign.shapes.train_common import Learner, learn, save_atomically
 from diffalign.writing import replacing
 
 
@@ -89,60 +88,37 @@ def on(device: str, condition: Condition) -> Condition:
 
 
 class Distiller:
-    """Student, its average and optimizer; one `step` at a time on walks that are there."""
+    """A student and the pool of walks that it learns; one `step` at a time, which follows from (seed, step)."""
 
     def __init__(self, teacher: LatentPipeline, args: argparse.Namespace) -> None:
         self.args, self.teacher, self.student = args, teacher, turbo_of(teacher)
         self.network = self.student.network.train().requires_grad_(True)
         self.times = self.student.times(args.stages).to(args.device)
-        self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-        self.done = 0
+        self.learner = Learner(self.network, args, weight_decay=1e-3, warmup=100)
+        self.pool = -1
 
-    def step(self, walks: Walks) -> list[float]:
-        """One optimizer step; the error of each stage. Everything random follows from (seed, step)."""
-        g, n, device = torch.Generator().manual_seed(mix(self.args.seed, self.done)), self.args.batch, self.args.device
-        pick = torch.randint(len(walks.states), (n,), generator=g)
+    def step(self) -> list[float]:
+        """One optimizer step; the error of each stage, NaN where none was drawn."""
+        done, n, device = self.learner.done, self.args.batch, self.args.device
+        if (number := done // self.args.pool_steps) != self.pool:
+            self.pool, self.walks = number, pool(self.teacher, number, self.args)
+        g = torch.Generator().manual_seed(mix(self.args.seed, done))
+        pick = torch.randint(len(self.walks.states), (n,), generator=g)
         stage = torch.randint(self.args.stages, (n,), generator=g)
-        x_t, aim = (walks.states[pick, stage + more].float().to(device) for more in (0, 1))
+        x_t, aim = (self.walks.states[pick, stage + more].float().to(device) for more in (0, 1))
         with torch.no_grad():
-            condition = on(device, self.student.encode_prompts([walks.prompts[i] for i in pick.tolist()]))
+            condition = on(device, self.student.encode_prompts([self.walks.prompts[i] for i in pick.tolist()]))
         take = ddim_stepper(self.student.predict, self.student.process, self.student.parametrization, condition)
         landed = take(x_t, self.times[stage.to(device)], self.times[stage.to(device) + 1]).mean
         errors = (landed - aim).square().flatten(1).mean(1)
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=100)
-        self.optimizer.zero_grad(set_to_none=True)
-        errors.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.done += 1
-        update_ema(self.average, self.network, min(self.args.ema, (1 + self.done) / (10 + self.done)))
-        found, which = errors.detach().cpu(), stage
-        return [found[which == one].mean().item() for one in range(self.args.stages)]
-
-    def averaged(self) -> LatentPipeline:
-        """A student with the averaged weights."""
-        student = turbo_of(self.teacher)
-        student.network.load_state_dict(self.average)
-        return student
+        self.learner.update(errors.mean())
+        found = errors.detach().cpu()
+        return [found[stage == one].mean().item() for one in range(self.args.stages)]
 
     def save(self) -> None:
-        save_atomically(Rest(self.averaged(), self.args.teacher), self.args.out)
-        state = {"done": self.done, "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "average": self.average}  # fmt: skip
-        with replacing(self.args.out.with_name(self.args.out.name + ".state.pt")) as partial:
-            torch.save(state, partial)
-
-    def resume(self) -> None:
-        """Goes on from what an earlier call left, if there is something."""
-        file = self.args.out.with_name(self.args.out.name + ".state.pt")
-        if not file.exists():
-            return
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.average = state["done"], state["average"]
-        print(f"resumed at step {self.done}", flush=True)
+        with self.learner.averaged():
+            save_atomically(Rest(self.student, self.args.teacher), self.args.out)
+        self.learner.save_state()
 
 
 class Rest:
@@ -153,7 +129,7 @@ class Rest:
 
     def save_pretrained(self, save_directory: str) -> None:
         folder, stock = Path(save_directory), self.pipe.stock
-        own = {self.pipe.lora_prefix: self.pipe.network.half(), "scheduler": stock.scheduler}
+        own = {self.pipe.lora_prefix: copy.deepcopy(self.pipe.network).half(), "scheduler": stock.scheduler}
         for name, part in own.items():
             part.save_pretrained(str(folder / name))
         index = {"_class_name": type(stock).__name__, REST_OF: self.of,
@@ -161,24 +137,19 @@ class Rest:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def pools(teacher: LatentPipeline, args: argparse.Namespace) -> Iterator[Walks]:
-    """Fresh walks whenever they are asked for, from the captions of the training split."""
-    number = 0
-    while True:
-        scenes = sample_scenes("train", args.pool, mix(args.seed, number, 1) % 2**31)
-        file = args.out.with_name(f"{args.out.name}.walks-{number}.pt")
-        if file.exists():
-            kept: dict[str, Any] = torch.load(file, weights_only=True)
-            yield Walks(kept["states"], tuple(kept["prompts"]))
-        else:
-            begun = time.time()
-            walks = walked(teacher, [str(scene) for scene in scenes], [mix(args.seed, number, 2, i) for i in
-                                                                       range(args.pool)], args)  # fmt: skip
-            with replacing(file) as partial:
-                torch.save({"states": walks.states, "prompts": list(walks.prompts)}, partial)
-            print(f"pool {number}: {args.pool} walks of the teacher in {time.time() - begun:.0f} s", flush=True)
-            yield walks
-        number += 1
+def pool(teacher: LatentPipeline, number: int, args: argparse.Namespace) -> Walks:
+    """Walks with captions of the training split, which are kept in a file; each number has its own."""
+    file = args.out.with_name(f"{args.out.name}.walks-{number}.pt")
+    if file.exists():
+        kept: dict[str, Any] = torch.load(file, weights_only=True)
+        return Walks(kept["states"], tuple(kept["prompts"]))
+    begun, scenes = time.time(), sample_scenes("train", args.pool, mix(args.seed, number, 1) % 2**31)
+    seeds = [mix(args.seed, number, 2, row) for row in range(args.pool)]
+    walks = walked(teacher, [str(scene) for scene in scenes], seeds, args)
+    with replacing(file) as partial:
+        torch.save({"states": walks.states, "prompts": list(walks.prompts)}, partial)
+    print(f"pool {number}: {args.pool} walks of the teacher in {time.time() - begun:.0f} s", flush=True)
+    return walks
 
 
 def main() -> None:
@@ -203,26 +174,17 @@ def main() -> None:
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     distiller = Distiller(load_pipeline(args.teacher, device=args.device), args)
-    distiller.resume()
+    distiller.learner.resume()
     steps, scenes = args.stages * args.substeps, sample_scenes("validation", args.draws, seed=1)
-    teacher = trailing(distiller.teacher).stock
-    said = pass_rates(teacher, scenes, steps=steps, guidance_scale=args.guidance_scale)
+    said = pass_rates(trailing(distiller.teacher).stock, scenes, steps=steps, guidance_scale=args.guidance_scale)
     print(f"teacher, {steps} steps: {said}", flush=True)
-    start, first, errors = time.time(), distiller.done, []
-    for number, walks in enumerate(pools(distiller.teacher, args)):
-        while distiller.done < min(args.steps, (number + 1) * args.pool_steps):
-            errors.append(distiller.step(walks))
-            done = distiller.done
-            if done % 100 == 0:
-                mean = [round(float(value), 5) for value in np.nanmean(errors[-100:], 0)]
-                print(f"step {done} errors {mean} {(time.time() - start) / (done - first):.3f} s/step", flush=True)
-            if done % args.save_every == 0 or done == args.steps:
-                distiller.save()
-            if done % args.eval_every == 0 or done == args.steps:
-                said = pass_rates(distiller.averaged().stock, scenes, steps=args.stages, guidance_scale=0.0)
-                print(f"step {done}: {said}", flush=True)
-        if distiller.done >= args.steps:
-            return
+
+    def report() -> None:
+        with distiller.learner.averaged():
+            said = pass_rates(distiller.student.stock, scenes, steps=args.stages, guidance_scale=0.0)
+        print(f"step {distiller.learner.done}: {said}", flush=True)
+
+    learn(distiller.learner, distiller.step, distiller.save, report)
 
 
 if __name__ == "__main__":

@@ -112,18 +112,12 @@ def sample_moving(split: str, count: int, seed: int) -> list[MovingScene]:
     """`count` captions of a split, in a fixed mix of motions; scenes may repeat."""
     rng = random.Random(f"moving/{split}/{seed}")
     known = {category: scenes(split, category) for category in ("single", "two")}
-    return [MovingScene(rng.choice(known["two" if rng.random() < TWO else "single"]), _motion(rng))
+    return [MovingScene(rng.choice(known["two" if rng.random() < TWO else "single"]), sample_motion(rng))
             for _ in range(count)]  # fmt: skip
 
 
-def other_motion(moving: MovingScene, rng: random.Random) -> MovingScene:
-    """The same scene with a motion that is false wherever the true one holds: another kind, or another way."""
-    while (other := _motion(rng)).ways == moving.motion.ways:
-        pass
-    return MovingScene(moving.scene, other)
-
-
-def _motion(rng: random.Random) -> Motion:
+def sample_motion(rng: random.Random) -> Motion:
+    """One, in the mix of `KIND_MIX`."""
     [kind] = rng.choices(KINDS, KIND_MIX)
     if kind == "still":
         return Motion()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 from diffusers import (
     AutoencoderKL,
@@ -20,11 +21,13 @@ T5_WIDTH = sum(WIDTHS)  # the transformer reads CLIP tokens, side by side, above
 HEADS, HEAD_WIDTH, LAYERS = 6, 16, 5
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
-    """Each word of the grammar is one token; the rest is spelled."""
-    words = {
-        word for split in SPLITS for kind in CATEGORIES for one in scenes(split, kind) for word in str(one).split()
-    }
+def spoken(kinds: Sequence[str]) -> set[str]:
+    """The words of all captions of these categories."""
+    return {word for split in SPLITS for kind in kinds for one in scenes(split, kind) for word in str(one).split()}
+
+
+def build_t5_tokenizer(words: set[str]) -> T5Tokenizer:
+    """Each of these words is one token; the rest is spelled."""
     spelled = ["\u2581", *string.ascii_lowercase, *string.digits, *".,;:!?'\"()-&"]
     scores = [*((f"\u2581{word}", -1.0) for word in sorted(words)), *((letter, -9.0) for letter in spelled)]
     return T5Tokenizer(
@@ -71,7 +74,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 def build(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """The stock pipeline around a trained VAE of sixteen channels, everything else untrained."""
-    tokenizer, tokenizer_3 = build_tokenizer(), build_t5_tokenizer()
+    tokenizer, tokenizer_3 = build_tokenizer(), build_t5_tokenizer(spoken(CATEGORIES))
     first, second = (clip_config(tokenizer, width, layers=3) for width in WIDTHS)
     return StableDiffusion3Pipeline(
         vae=vae,

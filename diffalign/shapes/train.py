@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ from diffalign.shapes import tiny_sd, tiny_sd3, tiny_sdxl
 from diffalign.shapes.grammar import Scene, sample_scenes
 from diffalign.shapes.rates import pass_rates
 from diffalign.shapes.render import render
-from diffalign.shapes.train_common import Halved, cosine_lr, save_atomically, update_ema
+from diffalign.shapes.train_common import Halved, Learner, learn, save_atomically
 from diffalign.shapes.train_text import after_end, side_reader, sides, sides_known, sides_loss, teach_sides
 from diffalign.table import resolve
-from diffalign.writing import replacing
 
 MODELS: dict[str, Callable[[AutoencoderKL], Any]] = {
     "tiny-sd": tiny_sd.build,
@@ -88,7 +86,7 @@ def latent_pool(pipe: LatentPipeline, scenes: list[Scene], seed: int) -> Tensor:
 
 
 class Trainer:
-    """A pipeline whose network and text encoders learn, their averages, optimizer and pool; one `step` at a time."""
+    """A pipeline whose network and text encoders learn, and the pool that they learn from; one `step` at a time."""
 
     def __init__(self, pipe: LatentPipeline, args: argparse.Namespace) -> None:
         self.args, self.pipe = args, pipe
@@ -99,11 +97,8 @@ class Trainer:
             pipe.network.to(memory_format=torch.channels_last)
         torch.manual_seed(args.seed)
         self.reader = side_reader(pipe.encode_prompts([""])["prompt_embeds"].shape[-1]).to(args.device)
-        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
-        learned = [*self.modules.parameters(), *self.reader.parameters()]
-        self.parameters = [parameter for parameter in learned if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        self.done, self.pool_seed = 0, -1
+        self.learner = Learner(self.modules, args, beside=self.reader, weight_decay=1e-2, warmup=200)
+        self.pool_seed = -1
 
     def refresh_pool(self, seed: int) -> None:
         """Draws the pool of `args.pool` pictures again, so that no picture is seen more than a few times."""
@@ -114,9 +109,9 @@ class Trainer:
 
     def step(self) -> float:
         """One optimizer step; everything random follows from (seed, step), so a resumed run repeats it."""
-        g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.done)
+        g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.learner.done)
         n, device, process = self.args.batch, self.args.device, self.pipe.process
-        if (seed := self.args.seed + self.done // self.args.pool_steps) != self.pool_seed:
+        if (seed := self.args.seed + self.learner.done // self.args.pool_steps) != self.pool_seed:
             self.refresh_pool(seed)
         pick = torch.randint(len(self.latents), (n,), generator=g)
         x0 = self.latents[pick.to(device)]
@@ -131,17 +126,8 @@ class Trainer:
         error = (per_sample(weight(process, t), y) * (said - y).square()).mean()
         asked = after_end(self.pipe.stock, prompts).to(device) & ~dropped.to(device)[:, None]
         read = sides_loss(self.reader, condition["prompt_embeds"][:, : asked.shape[1]], asked, self.sides[pick])
-        self._update(error + SIDES_WEIGHT * read)
+        self.learner.update(error + SIDES_WEIGHT * read)
         return error.item()
-
-    def _update(self, value: Tensor) -> None:
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=200)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.done += 1
-        update_ema(self.average, self.modules, min(self.args.ema, (1 + self.done) / (10 + self.done)))
 
     def teach(self, steps: int) -> None:
         """Before the first step: what the text encoders then have to keep."""
@@ -149,53 +135,28 @@ class Trainer:
             self.pipe.max_sequence_length = T5_LENGTHS[0]  # it is not asked
         texts = list(text_encoders(self.pipe.stock).values())
         teach_sides(self.pipe, texts, self.reader, steps, seed=self.args.seed)
-        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
+        self.learner.restart_average()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[LatentPipeline]:
         """The pipeline with the averaged weights in it, as it ships."""
-        live = {name: value.clone() for name, value in self.modules.state_dict().items()}
-        self.modules.load_state_dict(self.average)
-        self.modules.eval()
         if hasattr(self.pipe, "max_sequence_length"):
             self.pipe.max_sequence_length, self.pipe.stock.tokenizer_max_length = T5_LENGTHS[1], CLIP_TOKENS[1]
-        try:
+        with self.learner.averaged():
             yield self.pipe
-        finally:
-            self.modules.load_state_dict(live)
-            self.modules.train()
 
     def save(self) -> None:
         with self.averaged() as pipe:
             save_atomically(Halved(pipe), self.args.out)
-        modules = (self.modules, self.reader, self.optimizer)
-        state = {"done": self.done, "modules": [m.state_dict() for m in modules], "average": self.average}
-        with replacing(state_file(self.args.out)) as partial:
-            torch.save(state, partial)
-
-    def resume(self) -> bool:
-        """True when there was a state to go on from."""
-        file = state_file(self.args.out)
-        if not file.exists():
-            return False
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        learned, reader, optimizer = state["modules"]
-        if {n: v.shape for n, v in learned.items()} != {n: v.shape for n, v in self.modules.state_dict().items()}:
-            raise SystemExit(f"{file} is of another model; remove it, or give another --out")
-        self.modules.load_state_dict(learned)
-        self.reader.load_state_dict(reader)
-        self.optimizer.load_state_dict(optimizer)
-        self.done, self.average = state["done"], state["average"]
-        print(f"resumed at step {self.done}", flush=True)
-        return True
+        self.learner.save_state()
 
     def report(self) -> None:
         """Prints what the averaged weights draw of validation captions."""
         with self.averaged() as pipe:
             rates = pass_rates(pipe.stock, sample_scenes("validation", 192, seed=1))
             known = sides_known(pipe, self.reader)
-        print(f"step {self.done} validation { ({k: round(v, 3) for k, v in rates.items()}) }, sides known {known:.3f}",
-              flush=True)  # fmt: skip
+        said = {name: round(rate, 3) for name, rate in rates.items()}
+        print(f"step {self.learner.done} validation {said}, sides known {known:.3f}", flush=True)
 
 
 def text_encoders(stock: Any) -> dict[str, nn.Module]:
@@ -212,11 +173,6 @@ def _set_text_lengths(pipe: LatentPipeline, generator: torch.Generator) -> None:
     longer = torch.rand((), generator=generator).item() if padded else 0.0
     pipe.max_sequence_length = round(2 ** (low + (high - low) * longer))
     pipe.stock.tokenizer_max_length = CLIP_TOKENS[padded]
-
-
-def state_file(out: Path) -> Path:
-    """What a killed run goes on from, beside the folder that it saves."""
-    return out.with_name(out.name + ".state.pt")
 
 
 def initial_pipeline(args: argparse.Namespace) -> LatentPipeline:
@@ -260,25 +216,14 @@ def main() -> None:
     args = parser.parse_args()
 
     trainer = Trainer(initial_pipeline(args), args)
-    if not trainer.resume() and not args.text:
+    if not trainer.learner.resume() and not args.text:
         trainer.teach(args.teach_text)
         known = sides_known(trainer.pipe, trainer.reader)
         print(f"text taught for {args.teach_text} steps: all sides of a validation caption known in {known:.1%}",
               flush=True)  # fmt: skip
     sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in trainer.modules.items()}
     print(", ".join(f"{name} {size:.2f}M" for name, size in sizes.items()), flush=True)
-    start, first, losses = time.time(), trainer.done, []
-    last = min(args.stop_at or args.steps, args.steps)
-    while trainer.done < last:
-        losses.append(trainer.step())
-        done = trainer.done
-        if done % 100 == 0:
-            pace = (time.time() - start) / (done - first)
-            print(f"step {done} loss {np.mean(losses[-100:]):.4f} {pace:.3f} s/step", flush=True)
-        if done % args.save_every == 0 or done == last:
-            trainer.save()
-        if done % args.eval_every == 0 or done == last:
-            trainer.report()
+    learn(trainer.learner, trainer.step, trainer.save, trainer.report, args.stop_at)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,137 @@
-"""What the training scripts of the shapes models share: learning rate, averaged weights, saving in one piece."""
+"""What the training scripts of the shapes models share: a learner, its loop, and saving in one piece."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.common import stock_warnings_off
-from diffalign.writing import replacing_folder
+from diffalign.writing import replacing, replacing_folder
 
 
 class _Savable(Protocol):
     def save_pretrained(self, save_directory: str) -> object: ...
+
+
+class Learner:
+    """Modules that learn, their average, which is what ships, and the optimizer: one `update` at a time.
+
+    `beside` learns with them and is not averaged. Of `args` it reads lr, steps, ema and out; a file beside that
+    (OUT.state.pt) continues a killed run where it stopped.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module,
+        args: argparse.Namespace,
+        *,
+        beside: nn.Module | None = None,
+        weight_decay: float,
+        warmup: int,
+    ) -> None:
+        self.modules, self.beside, self.args, self.warmup = modules, beside or nn.Identity(), args, warmup
+        both = (*modules.parameters(), *self.beside.parameters())
+        self.parameters = [parameter for parameter in both if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.done = 0
+        self.restart_average()
+
+    def restart_average(self) -> None:
+        """At the weights as they are."""
+        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
+
+    def update(self, value: Tensor) -> None:
+        """One optimizer step down the gradient of `value`."""
+        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, self.warmup)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.done += 1
+        update_ema(self.average, self.modules, min(self.args.ema, (1 + self.done) / (10 + self.done)))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The modules have their averaged weights inside, and are in evaluation mode."""
+        live = {name: value.clone() for name, value in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.average)
+        self.modules.eval()
+        try:
+            yield
+        finally:
+            self.modules.load_state_dict(live)
+            self.modules.train()
+
+    def save_state(self) -> None:
+        """What a killed run goes on from."""
+        state = {"done": self.done, "modules": [part.state_dict() for part in self._parts()], "average": self.average}
+        with replacing(state_file(self.args.out)) as partial:
+            torch.save(state, partial)
+
+    def resume(self) -> bool:
+        """True when there was a state to go on from.
+
+        Raises:
+            SystemExit: it is another model's.
+        """
+        file = state_file(self.args.out)
+        if not file.exists():
+            return False
+        state = torch.load(file, map_location=self.parameters[0].device, weights_only=True)
+        if shapes(state["average"]) != shapes(self.average):
+            raise SystemExit(f"{file} is of another model; remove it, or give another --out")
+        for part, values in zip(self._parts(), state["modules"], strict=True):
+            part.load_state_dict(values)
+        self.done, self.average = state["done"], state["average"]
+        print(f"resumed at step {self.done}", flush=True)
+        return True
+
+    def _parts(self) -> tuple[nn.Module | torch.optim.Optimizer, ...]:
+        return self.modules, self.beside, self.optimizer
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """By name."""
+    return {name: value.shape for name, value in weights.items()}
+
+
+def state_file(out: Path) -> Path:
+    """Beside the folder that a script saves."""
+    return out.with_name(out.name + ".state.pt")
+
+
+def learn(
+    learner: Learner,
+    step: Callable[[], float | list[float]],
+    save: Callable[[], None],
+    report: Callable[[], None] | None = None,
+    stop_at: int | None = None,
+) -> None:
+    """Steps until `args.steps`, or `stop_at` if that is less; tells errors and pace, saves and reports on the way."""
+    args, start, first, errors = learner.args, time.time(), learner.done, []
+    last = min(stop_at or args.steps, args.steps)
+    while learner.done < last:
+        errors.append(step())
+        done = learner.done
+        if done % 50 == 0:
+            pace, mean = (time.time() - start) / (done - first), np.nanmean(errors[-50:], 0).round(5).tolist()
+            print(f"step {done} error {mean} {pace:.3f} s/step", flush=True)
+        if done % args.save_every == 0 or done == last:
+            save()
+        if report and (done % args.eval_every == 0 or done == last):
+            report()
 
 
 def cosine_lr(peak: float, step: int, steps: int, warmup: int) -> float:
@@ -28,7 +142,7 @@ def cosine_lr(peak: float, step: int, steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(average: Mapping[str, torch.Tensor], model: torch.nn.Module, decay: float) -> None:
+def update_ema(average: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * model, in place, buffers included; `average` is a state dict."""
     for old, new in zip(average.values(), model.state_dict().values(), strict=True):
         if old.dtype.is_floating_point:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from diffalign.pipelines.wan import TOKENS, Wan
+from diffalign.pipelines.wan import Wan
 from diffalign.process import target
 from diffalign.sampling import ddim_stepper, draw, guided, sample
 from diffalign.seeds import mix
@@ -34,10 +33,9 @@ from diffalign.shapes.clips import Clip, render_clip
 from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES
 from diffalign.shapes.motion import DIRECTIONS, SPEEDS, MovingScene, sample_moving
 from diffalign.shapes.tiny_video import FRAMES, SIDE, TEXT_WIDTH
-from diffalign.shapes.train import PROMPT_DROPOUT, draw_times, state_file
-from diffalign.shapes.train_common import Halved, cosine_lr, save_atomically, update_ema
+from diffalign.shapes.train import PROMPT_DROPOUT, draw_times
+from diffalign.shapes.train_common import Halved, Learner, cosine_lr, learn, save_atomically
 from diffalign.shapes.verify_clip import verify_clip
-from diffalign.writing import replacing
 
 FACTS_WEIGHT = 0.1
 SHORT, SHORT_SHARE = 16, 0.9  # tokens of most steps; the others have up to the stock pipeline's number of them
@@ -100,10 +98,8 @@ class Trainer:
         self.reader = nn.Linear(TEXT_WIDTH, sum(CHOICES)).to(args.device)
         parts = {"transformer": pipe.network, "text_encoder": pipe.stock.text_encoder}
         self.modules = nn.ModuleDict(parts).train().requires_grad_(True)
-        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
-        self.parameters = [*self.modules.parameters(), *self.reader.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        self.done, self.pool_seed = 0, -1
+        self.learner = Learner(self.modules, args, beside=self.reader, weight_decay=1e-2, warmup=200)
+        self.pool_seed = -1
 
     def refresh_pool(self, seed: int) -> None:
         """Draws the pool of `args.pool` clips again."""
@@ -114,9 +110,9 @@ class Trainer:
 
     def step(self) -> float:
         """One optimizer step; the error of the velocity."""
-        g = torch.Generator().manual_seed(mix(self.args.seed, self.done))
+        g = torch.Generator().manual_seed(mix(self.args.seed, self.learner.done))
         n, device, process = self.args.batch, self.args.device, self.pipe.process
-        if (seed := self.args.seed + self.done // self.args.pool_steps) != self.pool_seed:
+        if (seed := self.args.seed + self.learner.done // self.args.pool_steps) != self.pool_seed:
             self.refresh_pool(seed)
         pick = torch.randint(len(self.latents), (n,), generator=g)
         x0 = self.latents[pick.to(device)]
@@ -129,7 +125,7 @@ class Trainer:
         y = target(self.pipe.parametrization, x0, eps, *process.coefficients(t))
         error = (said - y).square().mean()
         read = facts_loss(self.reader, condition["prompt_embeds"][~dropped], self.facts[pick[~dropped]])
-        self._update(error + FACTS_WEIGHT * read)
+        self.learner.update(error + FACTS_WEIGHT * read)
         return error.item()
 
     def teach(self, steps: int) -> None:
@@ -144,7 +140,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
-        self.average = {name: value.detach().clone() for name, value in self.modules.state_dict().items()}
+        self.learner.restart_average()
 
     @torch.no_grad()
     def known(self) -> float:
@@ -154,48 +150,17 @@ class Trainer:
         read = torch.stack([part.argmax(-1) for part in answers.split(CHOICES, -1)], -1)
         return read.eq(facts(some).to(read.device)).all(1).float().mean().item()
 
-    def _update(self, value: Tensor) -> None:
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=200)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.done += 1
-        update_ema(self.average, self.modules, min(self.args.ema, (1 + self.done) / (10 + self.done)))
-
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Wan]:
         """The pipeline with the averaged weights in it, as it ships."""
-        live = {name: value.clone() for name, value in self.modules.state_dict().items()}
-        self.modules.load_state_dict(self.average)
-        self.modules.eval()
         self.pipe.max_sequence_length = SHORT
-        try:
+        with self.learner.averaged():
             yield self.pipe
-        finally:
-            self.modules.load_state_dict(live)
-            self.modules.train()
 
     def save(self) -> None:
         with self.averaged() as pipe:
             save_atomically(Halved(pipe), self.args.out)
-        modules = [module.state_dict() for module in (self.modules, self.reader, self.optimizer)]
-        with replacing(state_file(self.args.out)) as partial:
-            torch.save({"done": self.done, "modules": modules, "average": self.average}, partial)
-
-    def resume(self) -> bool:
-        """True when there was a state to go on from."""
-        file = state_file(self.args.out)
-        if not file.exists():
-            return False
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        modules, reader, optimizer = state["modules"]
-        self.modules.load_state_dict(modules)
-        self.reader.load_state_dict(reader)
-        self.optimizer.load_state_dict(optimizer)
-        self.done, self.average = state["done"], state["average"]
-        print(f"resumed at step {self.done}", flush=True)
-        return True
+        self.learner.save_state()
 
     def report(self) -> None:
         """Prints how many validation clips do what their captions say, and how many show the right things at all."""
@@ -207,8 +172,8 @@ class Trainer:
                 shown.append(np.mean([frame.ok for frame in verdict.frames]))
         rates = {name: round(float(np.mean(found)), 3) for name, found in sorted(passed.items())}
         every = np.mean([one for found in passed.values() for one in found])
-        print(f"step {self.done} validation {every:.3f} {rates}, frames that show the scene {np.mean(shown):.3f}, "
-              f"facts known {self.known():.3f}", flush=True)  # fmt: skip
+        print(f"step {self.learner.done} validation {every:.3f} {rates}, frames that show the scene "
+              f"{np.mean(shown):.3f}, facts known {self.known():.3f}", flush=True)  # fmt: skip
 
 
 def mean_token(hidden: Tensor) -> Tensor:
@@ -227,7 +192,7 @@ def _tokens(generator: torch.Generator) -> int:
     """How many tokens prompts are padded to in a step: a model that knows one number only fails at every other."""
     if torch.rand((), generator=generator).item() < SHORT_SHARE:
         return SHORT
-    low, high = np.log2((SHORT, TOKENS))
+    low, high = np.log2((SHORT, Wan.t5_tokens[0]))
     return round(2 ** (low + (high - low) * torch.rand((), generator=generator).item()))
 
 
@@ -261,23 +226,13 @@ def main() -> None:
     args = parser.parse_args()
 
     trainer = Trainer(initial_pipeline(args), args)
-    if not trainer.resume() and not args.init:
+    if not trainer.learner.resume() and not args.init:
         trainer.teach(args.teach_text)
         print(f"text taught for {args.teach_text} steps: all facts of a validation caption known in "
               f"{trainer.known():.1%}", flush=True)  # fmt: skip
     sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in trainer.modules.items()}
     print(", ".join(f"{name} {size:.2f}M" for name, size in sizes.items()), flush=True)
-    start, first, losses = time.time(), trainer.done, []
-    while trainer.done < args.steps:
-        losses.append(trainer.step())
-        done = trainer.done
-        if done % 50 == 0:
-            pace = (time.time() - start) / (done - first)
-            print(f"step {done} loss {np.mean(losses[-50:]):.4f} {pace:.3f} s/step", flush=True)
-        if done % args.save_every == 0 or done == args.steps:
-            trainer.save()
-        if done % args.eval_every == 0 or done == args.steps:
-            trainer.report()
+    learn(trainer.learner, trainer.step, trainer.save, trainer.report)
 
 
 if __name__ == "__main__":

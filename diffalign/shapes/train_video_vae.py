@@ -11,9 +11,7 @@ First pictures, which are clips of one frame to a causal VAE and cost a ninth, t
 from __future__ import annotations
 
 import argparse
-import copy
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +24,7 @@ from diffalign.seeds import mix
 from diffalign.shapes.clips import render_clip
 from diffalign.shapes.motion import sample_moving
 from diffalign.shapes.tiny_video import FRAMES, build_vae
-from diffalign.shapes.train_common import cosine_lr, save_atomically, update_ema
-from diffalign.writing import replacing
+from diffalign.shapes.train_common import Learner, learn, save_atomically
 
 KL_WEIGHT = 5e-7  # per clip and frame, see `train_vae`
 
@@ -50,47 +47,26 @@ def loss(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
 
 
 class Trainer:
-    """A VAE, its average and optimizer; one `step` at a time, which follows from (seed, step)."""
+    """A VAE that learns; one `step` at a time, which follows from (seed, step)."""
 
     def __init__(self, vae: AutoencoderKLWan, args: argparse.Namespace) -> None:
         self.args, self.vae = args, vae.to(args.device)
-        self.average = copy.deepcopy(vae).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.done = 0
+        self.learner = Learner(self.vae, args, weight_decay=1e-4, warmup=100)
 
     def step(self) -> float:
-        torch.manual_seed(mix(self.args.seed, self.done))  # of the posterior's draw
-        x = clips(self.args.batch, self.args.frames, mix(self.args.seed, self.done, 1) % 2**31).to(self.args.device)
-        self.optimizer.param_groups[0]["lr"] = cosine_lr(self.args.lr, self.done, self.args.steps, warmup=100)
-        value = loss(self.vae, x)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        self.optimizer.step()
-        self.done += 1
-        update_ema(self.average.state_dict(), self.vae, min(self.args.ema, (1 + self.done) / (10 + self.done)))
+        """One optimizer step; the loss."""
+        done = self.learner.done
+        torch.manual_seed(mix(self.args.seed, done))  # of the posterior's draw
+        x = clips(self.args.batch, self.args.frames, mix(self.args.seed, done, 1) % 2**31)
+        value = loss(self.vae, x.to(self.args.device))
+        self.learner.update(value)
         return value.item()
 
     def save(self) -> None:
-        set_scales(self.average, self.args)
-        save_atomically(self.average, self.args.out)
-        modules = [module.state_dict() for module in (self.vae, self.average, self.optimizer)]
-        with replacing(state_file(self.args.out)) as partial:
-            torch.save({"done": self.done, "modules": modules}, partial)
-
-    def resume(self) -> None:
-        """Goes on from what an earlier call left, if there is something."""
-        if state_file(self.args.out).exists():
-            state = torch.load(state_file(self.args.out), map_location=self.args.device, weights_only=True)
-            for module, values in zip((self.vae, self.average, self.optimizer), state["modules"], strict=True):
-                module.load_state_dict(values)
-            self.done = state["done"]
-            print(f"resumed at step {self.done}", flush=True)
-
-
-def state_file(out: Path) -> Path:
-    """What a killed run goes on from."""
-    return out.with_name(out.name + ".state.pt")
+        with self.learner.averaged():
+            set_scales(self.vae, self.args)
+            save_atomically(self.vae, self.args.out)
+        self.learner.save_state()
 
 
 @torch.no_grad()
@@ -120,16 +96,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae()
     trainer = Trainer(vae, args)
-    trainer.resume()
+    trainer.learner.resume()
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.3f}M parameters", flush=True)
-    start, first, values = time.time(), trainer.done, []
-    while trainer.done < args.steps:
-        values.append(trainer.step())
-        if trainer.done % 50 == 0:
-            pace = (time.time() - start) / (trainer.done - first)
-            print(f"step {trainer.done} loss {np.mean(values[-50:]):.4f} {pace:.3f} s/step", flush=True)
-        if trainer.done % args.save_every == 0 or trainer.done == args.steps:
-            trainer.save()
+    learn(trainer.learner, trainer.step, trainer.save)
 
 
 if __name__ == "__main__":

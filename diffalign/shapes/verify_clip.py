@@ -32,16 +32,19 @@ class Half:
     Attributes:
         steady: share of its frames that show the scene of the caption.
         travel: (dx, dy) in pixels of 64 of each thing of the caption, NaN where it is seen in fewer than two frames.
+        as_said: of each thing, whether its travel is what the caption says.
         wrong: what is not as the caption says.
     """
 
     steady: float
     travel: tuple[tuple[float, float], ...]
+    as_said: tuple[bool, ...]
     wrong: tuple[str, ...]
 
     @property
-    def ok(self) -> bool:
-        return not self.wrong
+    def score(self) -> float:
+        """Mean of the two shares: of frames that are right, and of things that go where they should."""
+        return (self.steady + float(np.mean(self.as_said))) / 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def verify_clip(clip: Clip, caption: str | MovingScene) -> ClipVerdict:
     bounds = [(0, int(np.ceil(middle))), (int(np.floor(middle)), len(clip) - 1)]
     halves = tuple(_half(number, first, last, moving, frames, places) for number, (first, last) in enumerate(bounds))
     wrong = tuple(f"half {number + 1}: {text}" for number, half in enumerate(halves) for text in half.wrong)
-    score = 1.0 if not wrong else 0.9 * float(np.mean([_share(half, moving) for half in halves]))
+    score = 1.0 if not wrong else 0.9 * float(np.mean([half.score for half in halves]))
     return ClipVerdict(not wrong, score, halves, frames, wrong)
 
 
@@ -111,11 +114,11 @@ def _half(
     travel = tuple(travelled(place[first : last + 1]) for place in places)
     wrong = [] if steady >= STEADY else [f"{sum(not frame.ok for frame in own)} of {len(own)} frames do not show "
                                          f"{str(moving.scene)!r}"]  # fmt: skip
-    for thing, motion, gone in zip(moving.scene.things, moving.motions, travel, strict=True):
-        if not moves_so(motion, number, gone):
-            wrong.append(f"the {thing} goes {gone[0]:+.0f} right and {gone[1]:+.0f} down, which is not "
-                         f"{_said(motion, number)}")  # fmt: skip
-    return Half(steady, travel, tuple(wrong))
+    as_said = tuple(moves_so(motion, number, gone) for motion, gone in zip(moving.motions, travel, strict=True))
+    told = zip(moving.scene.things, moving.motions, travel, as_said, strict=True)
+    wrong += [f"the {thing} goes {gone[0]:+.0f} right and {gone[1]:+.0f} down, which is not {_said(motion, number)}"
+              for thing, motion, gone, right in told if not right]  # fmt: skip
+    return Half(steady, travel, as_said, tuple(wrong))
 
 
 def travelled(places: NDArray[np.float64]) -> tuple[float, float]:
@@ -143,8 +146,3 @@ def moves_so(motion: Motion, half: int, travel: tuple[float, float]) -> bool:
 def _said(motion: Motion, half: int) -> str:
     way = motion.ways[half]
     return f"moving {way}{f' {motion.speed}' if motion.speed else ''}" if way else "standing still"
-
-
-def _share(half: Half, moving: MovingScene) -> float:
-    things = sum(" goes " in text for text in half.wrong)
-    return (half.steady + 1 - things / len(moving.scene.things)) / 2

@@ -142,7 +142,7 @@ def test_a_compiled_network_finds_the_same_noise(monkeypatch: pytest.MonkeyPatch
     found = optimized(pipe, rewards=[TinyCLIP()], compile=True)
     assert compiled(pipe.network)
     torch.testing.assert_close(found.noise, optimized(rewards=[TinyCLIP()]).noise, atol=1e-4, rtol=0)
-    assert (found.noise - found.first.noise).norm() > 0.1 and "compile" not in found.settings
+    assert (found.noise - found.first.noise).norm() > 0.1
 
 
 @pytest.mark.parametrize("method", ["fk", "paths", "dno", "zero_order", "best_of_n"])

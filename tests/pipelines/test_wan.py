@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from miniatures import wan
 
 from diffalign.pipelines.lora import attach_lora
-from diffalign.pipelines.wan import TOKENS, Wan
+from diffalign.pipelines.wan import Wan
 from diffalign.sampling import ddim_stepper, guided, sample
 
 PROMPTS = ["a red circle moving left", "two blue squares"]
@@ -84,13 +84,13 @@ def test_a_clip_has_a_gradient_down_to_its_noise() -> None:
 def test_prompts_are_zeros_beyond_their_end_and_may_be_given_fewer_tokens() -> None:
     pipe = Wan.load(str(wan()), dtype=torch.float32, device="cpu", revision=None, variant=None)
     whole = pipe.encode_prompts(PROMPTS)["prompt_embeds"]
-    assert whole.shape == (2, TOKENS, 24) and not whole[:, 100:].any()
+    assert whole.shape == (2, 512, 24) and not whole[:, 100:].any()
     before = pipe.fingerprint("text")
     pipe.set_max_sequence_length(16)
     few = pipe.encode_prompts(PROMPTS)["prompt_embeds"]
     torch.testing.assert_close(few, whole[:, :16])
     assert pipe.fingerprint("text") != before
-    with pytest.raises(ValueError, match="expected 1 to 512 tokens of UMT5"):
+    with pytest.raises(ValueError, match="expected 1 to 512 tokens of T5"):
         pipe.set_max_sequence_length(513)
 
 

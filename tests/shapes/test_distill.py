@@ -15,19 +15,27 @@ from miniatures import stable_diffusion
 from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.sampling import ddim_stepper
-from diffalign.shapes.distill import Distiller, Walks, turbo_of, walked
+from diffalign.shapes.distill import Distiller, Walks, pool, turbo_of, walked
 
 PROMPTS = ["a red circle", "two blue squares", "a green cross", "a red circle"]
 
 
 def settings(tmp_path: Path, **changes: Any) -> argparse.Namespace:
     values = {"teacher": str(stable_diffusion()), "out": tmp_path / "turbo", "stages": 2, "substeps": 3, "steps": 60,
-              "guidance_scale": 3.0, "batch": 4, "lr": 3e-3, "ema": 0.9, "seed": 0, "device": "cpu"}  # fmt: skip
+              "guidance_scale": 3.0, "batch": 4, "pool": 4, "pool_steps": 1000, "lr": 3e-3, "ema": 0.9, "seed": 0,
+              "device": "cpu"}  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
 
 def walks_of(args: argparse.Namespace) -> Walks:
     return walked(load_pipeline(args.teacher), PROMPTS, [1, 2, 3, 4], args)
+
+
+def distiller_of(args: argparse.Namespace, teacher: Path, walks: Walks) -> Distiller:
+    """One that has its pool."""
+    distiller = Distiller(load_pipeline(teacher), args)
+    distiller.pool, distiller.walks = 0, walks
+    return distiller
 
 
 @torch.no_grad()
@@ -53,12 +61,12 @@ def test_walks_are_the_teachers_guided_pictures(tmp_path: Path) -> None:
 
 
 def test_a_student_learns_to_land_where_the_teacher_does(tmp_path: Path) -> None:
-    distiller = Distiller(load_pipeline(stable_diffusion()), settings(tmp_path))
+    walks = walks_of(settings(tmp_path))
+    distiller = distiller_of(settings(tmp_path), stable_diffusion(), walks)
     before = {name: value.clone() for name, value in distiller.teacher.network.state_dict().items()}
-    walks = walks_of(distiller.args)
     error = missed(distiller, walks)
     for _ in range(60):
-        distiller.step(walks)
+        distiller.step()
     assert missed(distiller, walks) < 0.5 * error
     after = distiller.teacher.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -67,22 +75,32 @@ def test_a_student_learns_to_land_where_the_teacher_does(tmp_path: Path) -> None
 def test_the_folder_holds_the_network_alone_and_loads_with_the_rest(tmp_path: Path) -> None:
     args = settings(tmp_path)
     shutil.copytree(args.teacher, tmp_path / "teacher")
-    distiller = Distiller(load_pipeline(tmp_path / "teacher"), settings(tmp_path, teacher="teacher"))
-    distiller.step(walks_of(args))
+    walks = walks_of(args)
+    distiller = distiller_of(settings(tmp_path, teacher="teacher"), tmp_path / "teacher", walks)
+    distiller.step()
     distiller.save()
     assert {file.name for file in (tmp_path / "turbo").iterdir()} == {"unet", "scheduler", "model_index.json"}
     loaded = load_pipeline(tmp_path / "turbo")
-    drawn, expected = (generate(pipe, PROMPTS[:2], seeds=[5, 6], steps=2, guidance_scale=1.0)
-                       for pipe in (loaded, distiller.averaged()))  # fmt: skip
+    with distiller.learner.averaged():
+        drawn, expected = (generate(pipe, PROMPTS[:2], seeds=[5, 6], steps=2, guidance_scale=1.0)
+                           for pipe in (loaded, distiller.student))  # fmt: skip
     torch.testing.assert_close(drawn, expected, rtol=0, atol=2e-2)
     assert next(loaded.network.parameters()).dtype == torch.float32
-    again = Distiller(load_pipeline(tmp_path / "teacher"), settings(tmp_path, teacher="teacher"))
-    again.resume()
-    assert again.done == 1
-    walks = walks_of(args)
-    assert again.step(walks) == pytest.approx(distiller.step(walks), nan_ok=True)
+    again = distiller_of(settings(tmp_path, teacher="teacher"), tmp_path / "teacher", walks)
+    assert again.learner.resume() and again.learner.done == 1
+    assert again.step() == pytest.approx(distiller.step(), nan_ok=True)
     for one, other in zip(again.network.parameters(), distiller.network.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_pool_is_drawn_once_and_each_number_has_its_own(tmp_path: Path) -> None:
+    args = settings(tmp_path)
+    teacher = load_pipeline(args.teacher)
+    first = pool(teacher, 0, args)
+    assert len(first.prompts) == len(first.states) == 4 and (tmp_path / "turbo.walks-0.pt").exists()
+    again = pool(teacher, 0, settings(tmp_path, guidance_scale=9.0))  # read, not drawn
+    assert again.prompts == first.prompts and torch.equal(again.states, first.states)
+    assert not torch.equal(pool(teacher, 1, args).states, first.states)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,16 @@ import pytest
 
 from diffalign.shapes.clips import FRAMES, offsets, render_clip
 from diffalign.shapes.grammar import split_combinations
-from diffalign.shapes.motion import KINDS, Motion, MovingScene, other_motion, parse_moving, sample_moving
+from diffalign.shapes.motion import KINDS, Motion, MovingScene, parse_moving, sample_motion, sample_moving
 from diffalign.shapes.verify_clip import dynamic_degree, flicker, travelled, verify_clip
+
+
+def other_motion(moving: MovingScene, rng: random.Random) -> MovingScene:
+    """The same scene with a motion that is false wherever the true one holds: another kind, or another way."""
+    while (other := sample_motion(rng)).ways == moving.motion.ways:
+        pass
+    return MovingScene(moving.scene, other)
+
 
 CAPTIONS = {
     "a red circle moving left": Motion(("left", "left")),
@@ -94,7 +102,8 @@ def test_a_clip_backwards_goes_the_other_way() -> None:
 def test_a_half_that_is_wrong_is_named() -> None:
     clip = render_clip(parse_moving("a red circle above a blue square moving down then stopping"), random.Random(3))
     verdict = verify_clip(clip, "a red circle above a blue square moving down")
-    assert [half.ok for half in verdict.halves] == [True, False] and "half 2: the blue square goes" in verdict.wrong[0]
+    assert [bool(half.wrong) for half in verdict.halves] == [False, True]
+    assert "half 2: the blue square goes" in verdict.wrong[0]
     assert 0.5 < verdict.score < 0.9
     assert not verify_clip(clip, "a red circle above a green square moving down then stopping").ok
 
@@ -105,7 +114,7 @@ def test_an_object_that_changes_or_goes_away_is_no_constant_one() -> None:
     changed = clip.copy()
     changed[10:] = changed[10:, :, :, ::-1]  # red and blue change places
     verdict = verify_clip(changed, "a red circle standing still")
-    assert [half.ok for half in verdict.halves] == [True, False] and flicker(verdict) == pytest.approx(1 / 16)
+    assert [bool(half.wrong) for half in verdict.halves] == [False, True] and flicker(verdict) == pytest.approx(1 / 16)
     assert "frames do not show 'a red circle'" in verdict.wrong[0]
     gone = clip.copy()
     gone[:] = gone[:, :1, :1]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from diffalign.shapes import train_video, train_video_vae
+from diffalign.shapes import train_common, train_video, train_video_vae
 from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES
 from diffalign.shapes.motion import parse_moving, sample_moving
-from diffalign.shapes.tiny_video import CHANNELS, TOKENS, build, build_tokenizer, build_vae
-from diffalign.shapes.train_video import CHOICES, facts, mean_token
+from diffalign.shapes.tiny_video import CHANNELS, build, build_tokenizer, build_vae
+from diffalign.shapes.train_video import CHOICES, SHORT, facts, mean_token
 from diffalign.shapes.train_video_vae import clips
 
 
@@ -37,7 +37,7 @@ def test_every_word_of_a_caption_is_one_token() -> None:
     tokenizer = build_tokenizer()
     for moving in sample_moving("heldout", 200, 0):
         ids = tokenizer(str(moving)).input_ids
-        assert len(ids) == len(str(moving).split()) + 1 <= TOKENS
+        assert len(ids) == len(str(moving).split()) + 1 <= SHORT
         assert tokenizer.decode(ids, skip_special_tokens=True) == str(moving)
 
 
@@ -72,8 +72,7 @@ def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
         call(monkeypatch, train_video, "--vae", tmp_path / "vae", "--out", tmp_path / out, "--batch", 2, "--pool", 4,
              "--steps", steps, "--save-every", 2, "--eval-every", 4, "--teach-text", 2, "--draws", 2)  # fmt: skip
 
-    for module in (train_video, train_video_vae):
-        monkeypatch.setattr(module, "cosine_lr", lambda *_, **__: 1e-3)  # the same for runs of another length
+    monkeypatch.setattr(train_common, "cosine_lr", lambda *_, **__: 1e-3)  # the same for runs of another length
     vae("vae", 2)
     vae("vae", 4)
     vae("whole", 4)
