@@ -36,7 +36,7 @@ class Batches:
     batch_size: int
     validation_batch_size: int
     seed: int
-    latent_shape: Callable[[int, int], tuple[int, ...]]  # of one picture of (height, width) pixels
+    latent_shape: Callable[..., tuple[int, ...]]  # of one picture or clip, from `Crop.extent`
     frame_condition: FrameCondition | None = None  # what the network is told of an example beside its prompts
     chooser: Chooser | None = None  # which training examples are drawn from; None: all
     sampled: bool = True  # latents are draws from their posteriors; else the means
@@ -118,7 +118,7 @@ class Batches:
             negative=self._condition([""] * len(examples), for_nobody(told, tokens), device),
             signs=_signs(examples, device),
             prompts=tuple(example.prompt for example in examples),
-            shape=self.latent_shape(*examples[0].crop.size),
+            shape=self.latent_shape(*examples[0].crop.extent),
         )
 
     def _latents(self, moments: Sequence[dict[str, Tensor]], generator: torch.Generator) -> Tensor:

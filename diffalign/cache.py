@@ -54,8 +54,8 @@ class Cache:
             ValueError: a size that the model cannot take, or a picture that could be read when the data were loaded
                 and cannot be now.
         """
-        for size in sorted({example.crop.size for example in examples}):
-            pipe.latent_shape(*size)
+        for extent in sorted({example.crop.extent for example in examples}):
+            pipe.latent_shape(*extent)
         own = (prompt for example in examples for prompt in example.prompts)
         self._fill_texts(pipe, [*dict.fromkeys([*own, *prompts])], batch_size, progress)
         self._fill_latents(pipe, examples, batch_size, progress)

@@ -27,6 +27,7 @@ from diffalign.cli_options import (
     LoraScale,
     MaxSequenceLength,
     Model,
+    NumFrames,
     Overrides,
     Places,
     Prompt,
@@ -333,13 +334,15 @@ def data_check(
     path: Annotated[str, typer.Argument(help="A file, a folder, or with --name pickapic a hub id.")],
     name: Annotated[str | None, typer.Option(help="The layout, if it cannot be told from the path.")] = None,
     max_rows: Annotated[int | None, typer.Option(help="Look at no more rows.")] = None,
+    num_frames: NumFrames = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second that clips are to be seen at.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read a whole preference data set and report what is in it; fails when nothing is usable."""
     with working():
         from diffalign.commands import check_data
 
-        result = check_data(path, name, max_rows)
+        result = check_data(path, name, max_rows, num_frames, fps)
     show(result, as_json)
 
 

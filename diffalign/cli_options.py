@@ -23,6 +23,7 @@ User = Annotated[
 MaxSequenceLength = Annotated[
     int | None, typer.Option("--max-sequence-length", help="Tokens of T5 (SD3), 256 by default; fewer are faster.")
 ]
+NumFrames = Annotated[int | None, typer.Option("--num-frames", help="Of clips; leave out for pictures.")]
 Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]
 Reward = Annotated[list[str] | None, typer.Option("--reward", help="NAME or NAME=WEIGHT; as often as you like.")]

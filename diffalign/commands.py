@@ -31,7 +31,7 @@ from diffalign.pipelines.lora import load_lora
 from diffalign.pipelines.user_adapter import load_user_adapter
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
-from diffalign.refusals import refuse
+from diffalign.refusals import refuse, refuse_other_pixels
 from diffalign.rewards import CLIPS, REWARDS, clip_section
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
@@ -137,6 +137,7 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
         attention=resolved.attention,
         max_sequence_length=resolved.max_sequence_length,
     )
+    refuse_other_pixels(resolved, pipe)
     everything = [*examples.train, *examples.validation]
     counts = {"prompts": 0, "pairs": 0}
 
@@ -271,9 +272,11 @@ def write_export(lora: str, form: str, dtype: str, out: Path | None) -> Result:
                   f"{file}: {file.stat().st_size / 1e6:.2f} MB, {form}, {dtype}")  # fmt: skip
 
 
-def check_data(path: str, name: str | None, max_rows: int | None) -> Result:
+def check_data(
+    path: str, name: str | None, max_rows: int | None, frames: int | None = None, fps: float | None = None
+) -> Result:
     """What is in a preference data set; not ok when nothing in it can be trained on."""
-    report = check(path, name, max_rows)
+    report = check(path, name, max_rows, frames=frames, fps=fps)
     return Result(report.to_dict(), report.render(), ok=report.usable)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,10 @@ class RunConfig:
     variant: str | None = None
     output_dir: str | None = None  # default: runs/<name of the config>
     resolution: int = 512  # pixels of the short side, and of the crop
+    height: int | None = None  # of the crop in pixels; None: the resolution
+    width: int | None = None
+    num_frames: int | None = None  # of clips; None for pictures
+    fps: float | None = None  # frames a second that clips are seen at; None: every frame of a file
     max_sequence_length: int | None = None  # tokens of T5, as a prompt is padded or cut to; None: the stock pipeline's
     random_crop: bool = False  # else the center
     random_flip: bool = False  # one flip for both pictures of a pair
@@ -253,6 +258,11 @@ def _check_ranges(config: RunConfig) -> None:
             raise ValueError(f"{key}: expected a number from 0 to 2^32 - 1, got {getattr(config, key)!r}")
     if config.memory_gb is not None and config.memory_gb <= 0:
         raise ValueError(f"memory_gb: expected a number above 0, or null for what is free, got {config.memory_gb!r}")
+    for key in ("height", "width", "num_frames", "fps"):
+        if getattr(config, key) is not None and not 0 < getattr(config, key) < math.inf:
+            raise ValueError(f"{key}: expected a number above 0, or null, got {getattr(config, key)!r}")
+    if config.fps is not None and config.num_frames is None:
+        raise ValueError("fps is of clips: set num_frames too, or leave it out")
     for key in ("checkpoints_total_limit", "validation_steps", "early_stopping_patience"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")

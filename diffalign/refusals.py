@@ -7,6 +7,7 @@ import torch
 from diffalign.config import RunConfig
 from diffalign.episodes import Replays
 from diffalign.methods.base import Method, Need, spreads, updates_of
+from diffalign.pipelines.base import LatentPipeline
 from diffalign.reference import MOVING
 
 # what the trainer can give a method
@@ -63,6 +64,19 @@ def refuse(config: RunConfig, method: Method) -> None:
         raise ValueError(
             f"init_lora continues a LoRA, and train: {config.train} has none: set train: lora, or leave init_lora out"
         )
+
+
+def refuse_other_pixels(config: RunConfig, pipe: LatentPipeline) -> None:
+    """Clips for a model that draws pictures, or the other way round.
+
+    Raises:
+        ValueError: says which key to set.
+    """
+    if pipe.clips and config.num_frames is None:
+        raise ValueError(f"{pipe.name} draws clips: set num_frames (and height, width, fps), such as 81 for Wan 2.1, "
+                         f"or 1 for still pictures")  # fmt: skip
+    if config.num_frames is not None and not pipe.clips:
+        raise ValueError(f"num_frames is for models that draw clips, and {pipe.name} draws pictures: leave it out")
 
 
 def refuse_blind_stop(config: RunConfig, held_out: int) -> None:

@@ -20,6 +20,7 @@ from diffalign.batches import Batches
 from diffalign.cache import Cache
 from diffalign.config import RunConfig, load_config
 from diffalign.data.examples import Examples, load_examples
+from diffalign.data.options import Framing
 from diffalign.data.views import view_of
 from diffalign.distributed import in_shards, refuse_few_pairs, refuse_launch, with_deepspeed
 from diffalign.memory import memory_budget, with_checkpointing_planned
@@ -33,9 +34,9 @@ from diffalign.pipelines.lora import attach_lora, check_lora, load_lora, trainab
 from diffalign.pipelines.user_adapter import attach_user_adapter
 from diffalign.process import at_timesteps
 from diffalign.reference import REFERENCES, MakeReference
-from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph, refuse_uneven_groups
+from diffalign.refusals import refuse, refuse_blind_stop, refuse_graph, refuse_other_pixels, refuse_uneven_groups
 from diffalign.rewards import load_rewards
-from diffalign.rewards.preprocess import to_pictures
+from diffalign.rewards.preprocess import as_shown
 from diffalign.run_folder import RESUMED_CONFIG, claim_folder
 from diffalign.scores import Background, Score, Scores, joined, scores_of, unscored
 from diffalign.selection import SELECTIONS, Chooser
@@ -111,6 +112,7 @@ def _prepare_claimed(
                          device=accelerator.device, revision=resolved.revision, variant=resolved.variant,
                          attention=resolved.attention,
                          max_sequence_length=resolved.max_sequence_length)  # fmt: skip
+    refuse_other_pixels(resolved, pipe)
     if resolved.init_lora:
         check_lora(pipe, resolved.init_lora)
     if resolved.train_timesteps:
@@ -149,8 +151,9 @@ def _prepare_claimed(
 
 def read_examples(config: RunConfig, method: Method) -> Examples:
     """The data of a run as its method looks at them, with a line in the log."""
-    examples = load_examples(config.data, config.resolution, view_of(method.view), random_crop=config.random_crop,
-                             random_flip=config.random_flip, seed=config.seed)  # fmt: skip
+    framing = Framing(config.resolution, config.random_crop, config.random_flip, config.seed, config.height,
+                      config.width, config.num_frames, config.fps)  # fmt: skip
+    examples = load_examples(config.data, framing, view_of(method.view))
     log.info(examples.summary())
     return examples
 
@@ -178,7 +181,7 @@ def scorer(
         with preferring(config.attention):
             # few at a time, as a VAE needs; the rewards see them all, since some compare the pictures of a prompt
             parts = [decode(part).clamp(0, 1).float().cpu() for part in latents.split(config.validation_batch_size)]
-            rewards(to_pictures(torch.cat(parts)), list(prompts))
+            rewards(as_shown(torch.cat(parts)), list(prompts))
             return scores_of({name: term.float().to(latents.device) for name, term in rewards.terms.items()}, weights)
 
     @torch.enable_grad()

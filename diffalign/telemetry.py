@@ -5,6 +5,7 @@ Each is per picture and means little alone; watch how it moves while the reward 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, of red, green and blue
@@ -12,9 +13,22 @@ DARK = 0.1  # luma below which a pixel counts as black
 
 
 def looks(pixels: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
-    """Name -> [B]; `drift` only with pictures [B, 3, H, W] of the base model from the same prompts and noise."""
+    """Name -> [B]; `drift` only with pictures [B, 3, H, W] of the base model from the same prompts and noise.
+
+    Of clips [B, F, 3, H, W] the means over frames, and their `motion`.
+    """
+    if pixels.ndim == 5:
+        frames = looks(pixels.flatten(0, 1), None if base is None else base.flatten(0, 1))
+        return {name: row.view(len(pixels), -1).mean(1) for name, row in frames.items()} | {"motion": motion(pixels)}
     found = {"saturation": saturation(pixels), "sharpness": sharpness(pixels), "dark": dark(pixels)}
     return found if base is None else {**found, "drift": drift(pixels, base)}
+
+
+def motion(clips: Tensor) -> Tensor:
+    """[B] in [0, 1] of clips [B, F, 3, H, W]: the mean difference of a frame from the one before."""
+    if clips.shape[1] < 2:
+        return torch.zeros(len(clips))
+    return clips.diff(dim=1).abs().flatten(1).mean(1)
 
 
 def saturation(pixels: Tensor) -> Tensor:

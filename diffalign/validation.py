@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from diffalign.cache import Cache
@@ -22,7 +23,8 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled
 from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.rewards import load_rewards
-from diffalign.rewards.preprocess import to_pictures
+from diffalign.rewards.clips import spread
+from diffalign.rewards.preprocess import as_shown
 from diffalign.sampling import draw
 from diffalign.telemetry import looks
 from diffalign.tracking import Averages, grid
@@ -128,6 +130,23 @@ def logits(method: Method, run_of: Callable[[int], Run], batches: Iterable[Batch
     return torch.cat([parts[number] for number in sorted(parts)])
 
 
+def drawn_extent(config: RunConfig) -> tuple[int | None, ...]:
+    """(height, width) of the pictures of validation, the model's own where the config gives none; of clips those of the
+    crop, and their frames.
+    """
+    if config.num_frames is None:
+        return config.height, config.width
+    return config.height or config.resolution, config.width or config.resolution, config.num_frames
+
+
+def sheet(pixels: Tensor, most: int = 8) -> Image.Image:
+    """Pictures [N, 3, H, W] in [0, 1] row by row; of clips [N, F, 3, H, W] a row each, some of its frames."""
+    if pixels.ndim == 4:
+        return grid(pixels, columns=min(most, len(pixels)))
+    taken = spread(pixels.shape[1], most)
+    return grid(pixels[:, taken].flatten(0, 1), columns=len(taken))
+
+
 def sample_drawer(
     pipe: LatentPipeline, cache: Cache, config: RunConfig, accelerator: Accelerator,
     users: Mapping[str, Tensor] | None = None,
@@ -146,7 +165,8 @@ def sample_drawer(
     prompts = [config.validation_prompts[row] for row in rows]
     rewards = load_rewards(config.rewards, device=accelerator.device) if config.rewards else None
     decoder, times = pipe.decoder(), pipe.times(config.num_inference_steps)
-    noise = draw(pipe.latent_shape(), [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
+    shape = pipe.latent_shape(*drawn_extent(config))
+    noise = draw(shape, [torch.Generator().manual_seed(config.validation_seed + row) for row in rows])
     tokens = torch.stack([users[sorted(users)[row % len(users)]] for row in rows]) if users else None
     condition = with_user(cache.condition(prompts), tokens)
     negative = for_nobody(cache.condition([""] * len(prompts)), tokens)
@@ -165,11 +185,11 @@ def sample_drawer(
         levels = gathered_rows(rows, (pixels * 255).round().byte(), count)
         if accelerator.is_main_process:
             path.parent.mkdir(exist_ok=True)
-            grid(levels / 255, columns=min(8, count)).save(path)
+            sheet(levels / 255).save(path)
         found = {f"pictures/{name}": value for name, value in looks(pixels, *base).items()}
         if rewards is not None:
             with preferring(config.attention):
-                rewards(to_pictures(pixels), prompts)
+                rewards(as_shown(pixels), prompts)
             found |= {f"reward/{name}": score for name, score in rewards.terms.items()}
         return {f"validation/{name}": gathered_rows(rows, row, count).nanmean().item() for name, row in found.items()}
 

@@ -25,14 +25,15 @@ from diffalign.sampling import Condition
 class LatentPipeline(ABC):
     """A text-conditioned latent diffusion or flow model, around a stock diffusers pipeline.
 
-    Pixels are fp32 [B, 3, H, W] in [0, 1]; latents are what the network works on: scaled (and shifted) VAE codes.
-    Every weight is frozen and in evaluation mode.
+    Pixels are fp32 [B, 3, H, W] in [0, 1], of clips [B, F, 3, H, W]; latents are what the network works on, [B, C, h,
+    w] or [B, C, f, h, w]: scaled (and shifted) VAE codes. Every weight is frozen and in evaluation mode.
     """
 
     family: ClassVar[str]  # "sd", "sdxl", ...
     lora_prefix: ClassVar[str]  # the network's name in the stock pipeline and in a LoRA file: "unet" or "transformer"
     lora_targets: ClassVar[tuple[str, ...]]  # default modules to adapt, as endings of module names
     parts: ClassVar[tuple[str, ...]] = ()  # of the stock pipeline, without which it does not work
+    clips: ClassVar[bool] = False  # whether pixels are clips
     t5_tokens: ClassVar[tuple[int, int] | None] = None  # that its T5 is padded or cut to: (usually, at most)
 
     process: NoiseProcess
@@ -86,12 +87,16 @@ class LatentPipeline(ABC):
         """`decode` as a function that outlives `release`, and keeps the VAE alive for it."""
         return functools.partial(vae_decode, self.stock.vae)
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
         """Shape of one latent for a picture of this size in pixels; the model's own size if not given.
 
         Raises:
-            ValueError: a size that VAE or network cannot represent.
+            ValueError: a size that VAE or network cannot represent, or frames of a model that draws pictures.
         """
+        if frames is not None:
+            raise ValueError(f"{self.name} draws pictures: expected no number of frames, got {frames}")
         factor, config = self._factor, self.network.config
         own = config.sample_size * factor
         height, width = height or own, width or own

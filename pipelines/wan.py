@@ -20,12 +20,13 @@ FRAMES, HEIGHT, WIDTH = 81, 480, 832  # the stock pipeline's defaults: nothing i
 class Wan(LatentPipeline):
     """Loads any stock WanPipeline folder with one transformer (Wan 2.1, T2V).
 
-    Pixels are clips, fp32 [B, 3, F, H, W] in [0, 1]; latents [B, C, f, h, w] with f = (F - 1) / 4 + 1: the first frame
+    Pixels are clips, fp32 [B, F, 3, H, W] in [0, 1]; latents [B, C, f, h, w] with f = (F - 1) / 4 + 1: the first frame
     has a latent of its own, and four frames share each of the others. A condition holds `prompt_embeds`
     [B, `max_sequence_length`, 4096], zeros beyond the prompt's end.
     """
 
     family: ClassVar[str] = "wan"
+    clips: ClassVar[bool] = True
     t5_tokens: ClassVar[tuple[int, int]] = (512, 512)  # of UMT5; the stock pipeline's default
     lora_prefix: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,15 +68,15 @@ class Wan(LatentPipeline):
         return y[0].float()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, log-variance) of the latents, each fp32 [B, C, f, h, w], of clips [B, 3, F, H, W] in [0, 1]."""
+        """(mean, log-variance) of the latents, each fp32 [B, C, f, h, w], of clips [B, F, 3, H, W] in [0, 1]."""
         vae = self.stock.vae
         with own_dtype(vae):
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype) * 2 - 1).latent_dist
+            posterior = vae.encode(pixels.transpose(1, 2).to(vae.device, vae.dtype) * 2 - 1).latent_dist
         mean, std = channel_scales(vae)
         return (posterior.mean.float() - mean) / std, posterior.logvar.float() - 2 * std.log()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clips [B, 3, F, H, W] in [0, 1] of latents [B, C, f, h, w]; the stock VAE clamps, with no gradient beyond."""
+        """Clips [B, F, 3, H, W] in [0, 1] of latents [B, C, f, h, w]; the stock VAE clamps, with no gradient beyond."""
         return self.decoder()(latents)
 
     def decoder(self) -> Callable[[Tensor], Tensor]:
@@ -86,7 +87,7 @@ class Wan(LatentPipeline):
             code = latents.float() * std + mean
             with own_dtype(vae):
                 pixels: Tensor = vae.decode(code.to(vae.dtype)).sample.float() / 2 + 0.5
-            return pixels
+            return pixels.transpose(1, 2)
 
         return decode
 

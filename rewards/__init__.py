@@ -22,6 +22,7 @@ REWARDS: dict[str, str] = {
     "hpsv3": "diffalign.rewards.hpsv3:HPSv3",
     "imagereward": "diffalign.rewards.imagereward:ImageReward",
     "jpeg": "diffalign.rewards.jpeg:JPEG",
+    "moving-shapes": "diffalign.rewards.moving_shapes:MovingShapes",
     "mps": "diffalign.rewards.mps:MPS",
     "ocr": "diffalign.rewards.ocr:OCR",
     "pickscore": "diffalign.rewards.pickscore:PickScore",

@@ -23,7 +23,7 @@ from diffalign.rewards.missing import of_clips
 from diffalign.rewards.preprocess import to_rgb
 
 ScoreClips = Callable[[Sequence[Tensor], Sequence[str]], Tensor]
-WHOLE = ("videoreward", "videoscore")  # rows of REWARDS that watch a clip as one thing
+WHOLE = ("moving-shapes", "videoreward", "videoscore")  # rows of REWARDS that watch a clip as one thing
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda scores: scores.mean(1),
     "min": lambda scores: scores.amin(1),

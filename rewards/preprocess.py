@@ -189,6 +189,11 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
+def as_shown(pixels: Tensor) -> list[Image.Image] | Tensor:
+    """What rewards see of drawn pixels, to 8 bits: PIL pictures of [B, 3, H, W], uint8 of clips [B, F, 3, H, W]."""
+    return to_pictures(pixels) if pixels.ndim == 4 else (pixels.detach().float() * 255).round().to(torch.uint8)
+
+
 def _made(pictures: Sequence[Image.Image], exact: Callable[[Image.Image, int], Tensor], size: int) -> Tensor:
     return torch.stack([exact(picture, size) for picture in pictures])
 

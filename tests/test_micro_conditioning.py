@@ -20,6 +20,7 @@ from diffalign.cache import Cache
 from diffalign.data import images
 from diffalign.data.examples import load_examples
 from diffalign.data.images import frame, resize_and_crop
+from diffalign.data.options import Framing
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME
 from diffalign.trainer import train
@@ -82,7 +83,7 @@ def test_frames_are_those_of_the_training_scripts_of_diffusers() -> None:
 def batches(family: str, tmp_path: Path, **framing: Any) -> Batches:
     """All of `SIZES`, the last ones held out."""
     section = {**write(tmp_path / "data", SIZES), "val_fraction": 0.5}
-    pairs = load_examples(section, 32, **framing)
+    pairs = load_examples(section, Framing(32, **framing))
     pipe = load_pipeline(FAMILIES[family]())
     cache = Cache(tmp_path / "cache", pipe)
     cache.fill(pipe, [*pairs.train, *pairs.validation], [""], 4, lambda *_: None)

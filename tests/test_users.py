@@ -14,7 +14,7 @@ from tiny_qwen import qwen25_vl
 from diffalign.data.example import Example
 from diffalign.data.examples import Examples
 from diffalign.data.options import DataOptions, Framing
-from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.data.records import MediaSource, PreferenceRecord
 from diffalign.data.views import view_of
 from diffalign.rewards.user_embeddings import VLMUsers
 from diffalign.users import Shot, divide, embed_user, embed_users, load_user, parse_users, save_user
@@ -22,7 +22,7 @@ from diffalign.users import Shot, divide, embed_user, embed_users, load_user, pa
 
 def example(user: str, number: int, label: float = 1.0, source: str = "") -> Example:
     winner, loser = (toy_pairs.png("a red circle", 2 * number + side) for side in (0, 1))
-    record = PreferenceRecord("a red circle", (ImageSource(winner), ImageSource(loser)), (1.0, 1.0 - label), source,
+    record = PreferenceRecord("a red circle", (MediaSource(winner), MediaSource(loser)), (1.0, 1.0 - label), source,
                               user=user)  # fmt: skip
     [made] = view_of("user_pairs")(record, DataOptions(tie="half"), Framing(32))
     return made
@@ -77,7 +77,7 @@ def test_nobody_with_enough_pairs_is_one_sentence() -> None:
 
 
 def test_a_row_without_a_user_is_refused() -> None:
-    record = PreferenceRecord("a", (ImageSource(b""), ImageSource(b"")), (1.0, 0.0), "row 3")
+    record = PreferenceRecord("a", (MediaSource(b""), MediaSource(b"")), (1.0, 0.0), "row 3")
     with pytest.raises(ValueError, match="does not say who preferred"):
         view_of("user_pairs")(record, DataOptions(), Framing(32))
 

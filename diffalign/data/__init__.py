@@ -5,5 +5,6 @@ DATASETS: dict[str, str] = {
     "pickapic": "diffalign.data.pickapic:read_pickapic",
     "folders": "diffalign.data.readers:read_folders",
     "hpdv2": "diffalign.data.readers:read_hpdv2",
+    "videoalign": "diffalign.data.videoalign:read_videoalign",
     "webdataset": "diffalign.data.webdataset:read_webdataset",
 }

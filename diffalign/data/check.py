@@ -14,8 +14,9 @@ from PIL import Image
 
 from diffalign.data import DATASETS
 from diffalign.data.examples import checked
+from diffalign.data.options import Framing
 from diffalign.data.pickapic import SHIPPED
-from diffalign.data.records import BrokenRow
+from diffalign.data.records import BrokenRow, MediaSource
 from diffalign.data.webdataset import SUFFIXES as SHARDS
 from diffalign.data.webdataset import find_shards
 from diffalign.table import build
@@ -107,15 +108,17 @@ def _sniff_folder(place: Path) -> str | None:
 
 
 def check(
-    path: str, name: str | None = None, max_rows: int | None = None, count_tokens: Callable[[str], int] | None = None
-) -> Report:
-    """Reads a whole data set, decodes every picture, and counts what it finds.
+    path: str, name: str | None = None, max_rows: int | None = None, count_tokens: Callable[[str], int] | None = None,
+    frames: int | None = None, fps: float | None = None,
+) -> Report:  # fmt: skip
+    """Reads a whole data set, decodes every picture or clip, and counts what it finds.
 
     Args:
         name: a row of DATASETS; found out by `sniff` if not given.
         max_rows: look at so many rows only.
         count_tokens: the length of a prompt. Without it, words are counted, start and end added: an estimate that is
             too low for rare words, and never too high.
+        frames, fps: of clips, as in `Framing`; None for pictures.
 
     Raises:
         ValueError: the layout as a whole is not what it says it is.
@@ -128,11 +131,11 @@ def check(
     broken: list[BrokenRow] = []
     ties = 0
     length = count_tokens or (lambda text: len(text.split()) + 2)
-    for row in checked(itertools.islice(rows, max_rows)):
+    for row in checked(itertools.islice(rows, max_rows), Framing(1, frames=frames, fps=fps)):
         if isinstance(row, BrokenRow):
             broken.append(row)
             continue
-        sizes.update("x".join(map(str, Image.open(io.BytesIO(image.read())).size)) for image in row.images)
+        sizes.update("x".join(map(str, _as_stored(image, frames))) for image in row.images)
         prompts[row.prompt] += 1
         images[len(row.images)] += 1
         ties += row.tie
@@ -150,3 +153,8 @@ def check(
         images_per_record=dict(sorted(images.items())),
         sizes=dict(sizes.most_common()),
     )
+
+
+def _as_stored(source: MediaSource, frames: int | None) -> tuple[int, int]:
+    """(width, height); of a picture before it is turned upright."""
+    return Image.open(io.BytesIO(source.read())).size if frames is None else source.size[::-1]

@@ -1,22 +1,30 @@
-"""An example: what a training step takes of a record, and how its pictures are framed."""
+"""An example: what a training step takes of a record, and how its pictures or clips are framed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffalign.data.images import Frame, frame, framed_regions, resize_and_crop
-from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.data.records import MediaSource, PreferenceRecord
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How pictures become pixels; all of it is part of the cache key."""
+    """How pictures or clips become pixels; all of it is part of the cache key."""
 
     size: tuple[int, int]  # (height, width)
     place: tuple[float, float] = (0.5, 0.5)
     flip: bool = False
+    frames: int | None = None  # of a clip; None for a picture
+    fps: float | None = None  # that the clip is seen at; None: every frame
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """(height, width), of a clip (height, width, frames): what latents' shapes follow from."""
+        return self.size if self.frames is None else (*self.size, self.frames)
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,16 @@ class Example:
         return tuple(tuple(side * sign for sign in row) for row in framed)
 
     @property
-    def sources(self) -> tuple[ImageSource, ...]:
+    def sources(self) -> tuple[MediaSource, ...]:
         """Where the members' bytes are."""
         return tuple(self.record.images[member] for member in self.members)
 
     def cache_keys(self) -> tuple[str, ...]:
-        """Of each member: the file's bytes and the crop."""
+        """Of each member: the file's bytes and the crop; of a clip its frames too."""
         (height, width), (vertical, horizontal) = self.crop.size, self.crop.place
         framing = f"{height}x{width} crop {vertical!r},{horizontal!r} flip {self.crop.flip:d}"
+        if self.crop.frames is not None:
+            framing += f" frames {self.crop.frames} fps {self.crop.fps}"
         return tuple(f"{source.sha256} {framing}" for source in self.sources)
 
     @property
@@ -88,13 +98,15 @@ class Example:
         return frame(self.sources[0].size, self.crop.size, self.crop.place, self.crop.flip)
 
     def pixels(self) -> tuple[Tensor, ...]:
-        """uint8 [3, H, W] of each member.
+        """uint8 [3, H, W] of each member, of clips [F, 3, H, W].
 
         Raises:
-            ValueError: a picture that cannot be read; the example is to be dropped whole.
+            ValueError: a picture or clip that cannot be read; the example is to be dropped whole.
         """
-        crop = self.crop
-        return tuple(
-            resize_and_crop(source.decode(self.record.source), crop.size, crop.place, crop.flip)
-            for source in self.sources
-        )
+        return tuple(self._framed(source) for source in self.sources)
+
+    def _framed(self, source: MediaSource) -> Tensor:
+        crop, name = self.crop, self.record.source
+        pictures = [source.decode(name)] if crop.frames is None else source.clip(name, crop.frames, crop.fps)
+        framed = [resize_and_crop(picture, crop.size, crop.place, crop.flip) for picture in pictures]
+        return framed[0] if crop.frames is None else torch.stack(framed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -59,29 +60,26 @@ class Examples:
 
 def load_examples(
     section: Mapping[str, Any],
-    resolution: int,
+    framing: Framing | int,
     view: View = pairs,
-    *,
-    random_crop: bool = False,
-    random_flip: bool = False,
-    seed: int = 0,
 ) -> Examples:
     """Reads a `data` section of a config: a row of DATASETS with its keywords, and those of `DataOptions`.
 
-    `view` says what a record is to the method, see `diffalign.data.views`; a row that it cannot use is a broken one.
+    `framing` may be a resolution alone. `view` says what a record is to the method, see `diffalign.data.views`; a row
+    that it cannot use is a broken one.
 
-    Every picture is decoded once here, so that a broken row is known, and dropped whole, before training starts. What
-    stays in memory is light (prompts, labels, hashes), but for the pictures of a stream.
+    Every picture or clip is decoded once here, so that a broken row is known, and dropped whole, before training
+    starts. What stays in memory is light (prompts, labels, hashes), but for the pictures of a stream.
 
     Raises:
         ValueError: nothing usable, a bad keyword, or a stream that is too large to be held.
     """
     options, reader = parse_section(section)
-    framing = Framing(resolution, random_crop, random_flip, seed)
+    framing = Framing(framing) if isinstance(framing, int) else framing
     examples: list[Example] = []
     broken: list[BrokenRow] = []
     ties = records = held = 0
-    for number, row in enumerate(checked(build(DATASETS, reader, what="data")), start=1):
+    for number, row in enumerate(checked(build(DATASETS, reader, what="data"), framing), start=1):
         if number % PROGRESS == 0:
             log.info("data: %d rows read, %d of them broken", number, len(broken))
         if isinstance(row, BrokenRow):
@@ -135,7 +133,7 @@ def iterate_examples(section: Mapping[str, Any], framing: Framing, view: View = 
     """
     options, reader = parse_section(section)
     left = options.max_pairs
-    for row in checked(build(DATASETS, reader, what="data")):
+    for row in checked(build(DATASETS, reader, what="data"), framing):
         if isinstance(row, BrokenRow):
             yield row
             continue
@@ -166,20 +164,23 @@ def examples_of(
         return BrokenRow(record.source, str(error))
 
 
-def checked(rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows in their order, with a broken row in place of a record of which any picture cannot be read and decoded."""
+def checked(rows: Iterable[Row], framing: Framing) -> Iterator[Row]:
+    """Rows in their order, with a broken row in place of a record of which any picture or clip cannot be used."""
     rows = iter(rows)
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(rows, CHUNK)):
-            yield from pool.map(_checked, chunk)
+            yield from pool.map(functools.partial(_checked, framing=framing), chunk)
 
 
-def _checked(row: Row) -> Row:
+def _checked(row: Row, framing: Framing) -> Row:
     if isinstance(row, BrokenRow):
         return row
     try:
         for number, image in enumerate(row.images):
-            image.decode(f"image {number}")
+            if framing.frames is None:
+                image.decode(f"image {number}")
+            else:
+                image.clip(f"clip {number}", framing.frames, framing.fps)
             _ = image.sha256  # computed, and kept, while the bytes are near
     except ValueError as error:
         return BrokenRow(row.source, str(error))

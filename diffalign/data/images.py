@@ -36,7 +36,7 @@ def decode(data: bytes, source: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         size, several = image.size, _has_several_frames(image)
         if size[0] * size[1] <= LARGEST and not several:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except DAMAGED as error:
         raise ValueError(f"{source}: not a readable image, or a truncated one ({_one_line(error)})") from error
     if several:
@@ -64,6 +64,11 @@ def open_as_stored(data: bytes, source: str) -> Image.Image:
         raise ValueError(f"{expected}, could not read it: {_one_line(error)}") from error
     raise ValueError(f"{expected}, got {image.width} x {image.height} pixels, more than the {LARGEST} that are safe to "
                      f"decode; shrink it first")  # fmt: skip
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """In RGB as `decode` gives it: EXIF orientation applied, alpha put on white."""
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _has_several_frames(image: Image.Image) -> bool:

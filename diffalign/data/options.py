@@ -45,12 +45,27 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a run wants its pictures: the side of the crop, and whether its place and a flip are drawn (by seed)."""
+    """How a run wants its pictures or clips: the crop, and whether its place and a flip are drawn (by seed).
+
+    Attributes:
+        resolution: the side of a square crop, and of buckets; a side that is given goes before it.
+        frames: of a clip; None for pictures.
+        fps: frames a second that clips are seen at; None: every frame of a file.
+    """
 
     resolution: int
     random_crop: bool = False
     random_flip: bool = False
     seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the crop, buckets left aside."""
+        return self.height or self.resolution, self.width or self.resolution
 
 
 def parse_section(section: Mapping[str, Any]) -> tuple[DataOptions, dict[str, Any]]:

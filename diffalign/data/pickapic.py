@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.assets import asset
-from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, make_record
+from diffalign.data.records import BrokenRow, MediaSource, Row, label_scores, make_record
 from diffalign.errors import first_line
 
 SHIPPED = "shapes-pairs"
@@ -76,10 +76,10 @@ class ArrowCell:
         return _bytes(self.table[self.row][self.column]) or b""
 
 
-NumberedRow = tuple[str, Mapping[str, Any], tuple[ImageSource, ImageSource]]  # source, values, pictures
+NumberedRow = tuple[str, Mapping[str, Any], tuple[MediaSource, MediaSource]]  # source, values, pictures
 
 
-def _record(source: str, row: Mapping[str, Any], images: tuple[ImageSource, ImageSource]) -> Row:
+def _record(source: str, row: Mapping[str, Any], images: tuple[MediaSource, MediaSource]) -> Row:
     if row.get("has_label") is False:
         return BrokenRow(source, "has_label is false: nobody has judged this pair")
     if not all(_bytes(row[column]) for column in ("jpg_0", "jpg_1")):
@@ -134,7 +134,7 @@ def _parquet_rows(files: list[Path]) -> Iterator[NumberedRow | BrokenRow]:
             _check_columns(str(file), {field.name: str(field.type) for field in opened.schema_arrow})
             for group in range(opened.num_row_groups):
                 for number, row in enumerate(row_group(file, group, READ).to_pylist()):
-                    cells = [ImageSource(ParquetCell(file, group, number, column)) for column in ("jpg_0", "jpg_1")]
+                    cells = [MediaSource(ParquetCell(file, group, number, column)) for column in ("jpg_0", "jpg_1")]
                     yield f"{file.name} row {index}", row, (cells[0], cells[1])
                     index += 1
         except (OSError, pa.ArrowException) as error:  # the other files may be whole
@@ -199,7 +199,7 @@ def _saved_rows(place: Path, split: str) -> Iterator[NumberedRow | BrokenRow]:
     _check_columns(str(place), {name: str(feature.dtype) for name, feature in table.features.items()})
     table = _undecoded(table)
     for index in range(len(table)):
-        cells = [ImageSource(ArrowCell(table, index, column)) for column in ("jpg_0", "jpg_1")]
+        cells = [MediaSource(ArrowCell(table, index, column)) for column in ("jpg_0", "jpg_1")]
         yield f"{place.name} row {index}", table[index], (cells[0], cells[1])
 
 
@@ -211,7 +211,7 @@ def _streamed_rows(path: str, split: str) -> Iterator[NumberedRow | BrokenRow]:
         for index, row in enumerate(stream):
             if index == 0:
                 _check_columns(path, {name: type(value).__name__ for name, value in row.items()})
-            pictures = [ImageSource(_bytes(row[column]) or b"") for column in ("jpg_0", "jpg_1")]
+            pictures = [MediaSource(_bytes(row[column]) or b"") for column in ("jpg_0", "jpg_1")]
             yield f"{path} row {index}", row, (pictures[0], pictures[1])
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: no such file or folder, and no data set with a split {split!r} that can be had from "

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.records import BrokenRow, ImageSource, Row, label_scores, make_record
+from diffalign.data.records import BrokenRow, MediaSource, Row, label_scores, make_record
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
 CAPTIONS = "captions.json"
 
 
@@ -27,7 +28,8 @@ def read_jsonl(path: str) -> Iterator[Row]:
     {"prompt": ..., "image": "a.png", "liked": true}                               a thumb: true or false
     {"prompt": ...}                                                                a prompt to draw from
 
-    "caption" may stand for "prompt"; "user", "prompt_loser", "segments" and "regions" are optional.
+    "caption" may stand for "prompt" and "video" for "image"; "user", "prompt_loser", "segments" and "regions" are
+    optional. A clip is a video file, an animation, or a folder of frames.
 
     Args:
         path: the file, or a folder with metadata.jsonl or with a single .jsonl file.
@@ -48,7 +50,11 @@ def read_jsonl(path: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             yield BrokenRow(source, f"expected an object, got {type(row).__name__}")
             continue
-        yield _jsonl_record(row, file.parent, source)
+        yield _jsonl_record({_as_image(key): value for key, value in row.items()}, file.parent, source)
+
+
+def _as_image(key: str) -> str:
+    return f"image{key.removeprefix('video')}" if key.startswith("video") else key
 
 
 def _jsonl_file(place: Path) -> Path:
@@ -68,7 +74,7 @@ def _jsonl_record(row: dict[str, Any], folder: Path, source: str) -> Row:
     return make_record(
         source,
         row.get("prompt", row.get("caption")),
-        [ImageSource(folder / name) for name in names],
+        [MediaSource(folder / name) for name in names],
         scores,
         user=None if row.get("user") is None else str(row["user"]),
         prompt_loser=row.get("prompt_loser"),
@@ -102,7 +108,7 @@ def _liked(value: object) -> float:
 
 
 def read_folders(path: str, caption: str | None = None) -> Iterator[Row]:
-    """Two folders w/ and l/ with files of equal stems: winners and losers.
+    """Two folders w/ and l/ with files of equal stems: winners and losers. Of clips video files or folders of frames.
 
     path, or each folder in it (as in 1_name/w, 1_name/l), may hold the two. Captions come from w/<stem>.txt,
     l/<stem>.txt, <stem>.txt, or captions.json ({"<stem>": "caption"}) beside the two folders; if w/ and l/ have
@@ -128,14 +134,15 @@ def read_folders(path: str, caption: str | None = None) -> Iterator[Row]:
                 yield BrokenRow(source, str(error))
                 continue
             other = own[1] if all(own) and own[0] != own[1] else None
-            yield make_record(source, found, [ImageSource(file) for file in pair], [1.0, 0.0], prompt_loser=other)
+            yield make_record(source, found, [MediaSource(file) for file in pair], [1.0, 0.0], prompt_loser=other)
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-            files.setdefault(file.stem, []).append(file)
+        known = file.is_dir() or file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        if known and not file.name.startswith("."):
+            files.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
     return files
 
 
@@ -184,7 +191,7 @@ def read_hpdv2(path: str, split: str = "train") -> Iterator[Row]:
         except ValueError as error:
             yield BrokenRow(source, str(error))
             continue
-        yield make_record(source, row.get("prompt"), [ImageSource(_hpdv2_image(file, name)) for name in names], scores)
+        yield make_record(source, row.get("prompt"), [MediaSource(_hpdv2_image(file, name)) for name in names], scores)
 
 
 def _hpdv2_ranking(row: object) -> tuple[list[str], list[float]]:

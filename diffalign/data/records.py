@@ -12,6 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from diffalign.data.clips import FrameFolder, decode_clip
 from diffalign.data.images import decode
 
 
@@ -49,8 +50,10 @@ class FileSlice:
 
 
 @dataclass(frozen=True)
-class ImageSource:
-    """The bytes of an image file, or where to read them when they are needed: a path, or a part of a larger file."""
+class MediaSource:
+    """The bytes of a picture or clip, or where to read them when they are needed: a path (of a clip a folder of frames
+    too), or a part of a larger file.
+    """
 
     content: bytes | Path | Stored = field(repr=False)
 
@@ -64,10 +67,17 @@ class ImageSource:
             return self.content
         if not isinstance(self.content, Path):
             return self.content.read()
+        if folder := self._folder:
+            return folder.read()
         try:
             return self.content.read_bytes()
         except OSError as error:
-            raise ValueError(f"image {self.content} cannot be read ({error.strerror})") from error
+            raise ValueError(f"{self.content} cannot be read ({error.strerror})") from error
+
+    @property
+    def _folder(self) -> FrameFolder | None:
+        """Of frames, if it is one."""
+        return FrameFolder(self.content) if isinstance(self.content, Path) and self.content.is_dir() else None
 
     def decode(self, name: str) -> Image.Image:
         """The picture, as `diffalign.data.images.decode` reads it; its `size` is kept.
@@ -75,13 +85,26 @@ class ImageSource:
         Raises:
             ValueError: missing, or not a picture that can be used; the message begins with `name`.
         """
+        if folder := self._folder:
+            raise ValueError(f"{name}: {folder.path} is a folder where a picture was expected; for clips set "
+                             f"num_frames")  # fmt: skip
         picture = decode(self.read(), name)
         vars(self)["size"] = (picture.height, picture.width)  # where cached_property looks first
         return picture
 
+    def clip(self, name: str, frames: int, fps: float | None) -> list[Image.Image]:
+        """The first frames of the clip, as `diffalign.data.clips.decode_clip` reads them; their `size` is kept.
+
+        Raises:
+            ValueError: missing, or not a clip that can be used; the message begins with `name`.
+        """
+        found = decode_clip(self._folder or self.read(), name, frames, fps)
+        vars(self)["size"] = (found[0].height, found[0].width)
+        return found
+
     @functools.cached_property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, upright; known without another look once the picture has been decoded."""
+        """(height, width) in pixels, upright; known without another look once it has been decoded."""
         picture = self.decode("the image")
         return picture.height, picture.width
 
@@ -110,7 +133,7 @@ class PreferenceRecord:
     """
 
     prompt: str
-    images: tuple[ImageSource, ...]
+    images: tuple[MediaSource, ...]
     scores: tuple[float, ...]
     source: str
     user: str | None = None
@@ -141,7 +164,7 @@ class PreferenceRecord:
         """Whether best and worst are equally good."""
         return len(self.scores) > 1 and max(self.scores) == min(self.scores)
 
-    def winner_loser(self) -> tuple[ImageSource, ImageSource]:
+    def winner_loser(self) -> tuple[MediaSource, MediaSource]:
         """The best and the worst picture; for a tie the first and the last."""
         [(winner, loser)] = self.comparisons("best_worst")
         return self.images[winner], self.images[loser]
@@ -173,7 +196,7 @@ Row = PreferenceRecord | BrokenRow
 def make_record(
     source: str,
     prompt: object,
-    images: Sequence[ImageSource],
+    images: Sequence[MediaSource],
     scores: Sequence[float],
     *,
     user: str | None = None,

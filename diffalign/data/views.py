@@ -16,12 +16,9 @@ from dataclasses import replace
 from diffalign.data.example import Crop, Example
 from diffalign.data.images import bucket
 from diffalign.data.options import DataOptions, Framing
-from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.data.records import MediaSource, PreferenceRecord
 from diffalign.perturb import perturber_of
 from diffalign.table import Section, split_section, unknown
-
-STILL = 1  # frames of a picture
-
 
 View = Callable[[PreferenceRecord, DataOptions, Framing], list[Example]]
 
@@ -82,7 +79,7 @@ def lists(
 
 def prompts_alone(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
     """The prompt, for methods that draw their own pictures; what pictures the record has is not looked at."""
-    return [Example(record, Crop((framing.resolution, framing.resolution)), (), (record.prompt,))]
+    return [Example(record, Crop(framing.size, frames=framing.frames, fps=framing.fps), (), (record.prompt,))]
 
 
 def thumbs(record: PreferenceRecord, options: DataOptions, framing: Framing) -> list[Example]:
@@ -123,18 +120,33 @@ def labeled_parts(record: PreferenceRecord, options: DataOptions, framing: Frami
     """
     _several(record)
     if len(record.images) != 2:
-        raise ValueError(f"labels of parts are of two pictures, got {len(record.images)}")
-    if record.segments is None and record.regions is None:
-        raise ValueError("no labels of parts: give segments (clips) or regions (pictures), 1 where the first is better")
-    if record.segments is not None and len(record.segments) > STILL:
-        raise ValueError(f"{len(record.segments)} segment labels do not match the frame count, which is {STILL} for "
-                         f"still pictures: give regions, rows of labels over the picture")  # fmt: skip
-    regions = record.regions or (record.segments or (),)  # one segment of a still picture is one region
-    if not any(sign for row in regions for sign in row):
+        raise ValueError(f"labels of parts are of two pictures or clips, got {len(record.images)}")
+    seen = _in_segments(record, framing.frames) if framing.frames else _in_regions(record)
+    if not any(sign for row in (seen.segments or (), *(seen.regions or ())) for sign in row):
         return []
-    seen = replace(record, segments=None, regions=regions)
     content = "/".join([record.prompt, *(image.sha256 for image in record.images)])
     return [Example(seen, _crop(record.images[0], framing, options, content), (0, 1), (record.prompt,) * 2)]
+
+
+def _in_segments(record: PreferenceRecord, frames: int) -> PreferenceRecord:
+    """Of clips, with labels over time alone."""
+    if record.segments is None:
+        raise ValueError("no labels of segments: give segments, rows of 1 where the first clip is better, -1 or 0")
+    if len(record.segments) > frames:
+        raise ValueError(f"{len(record.segments)} segment labels do not match the clip, which has {frames} frames: "
+                         f"expected at most as many labels")  # fmt: skip
+    return replace(record, regions=None)
+
+
+def _in_regions(record: PreferenceRecord) -> PreferenceRecord:
+    """Of pictures, with labels over the plane alone; one segment of a still picture is one region."""
+    if record.segments is None and record.regions is None:
+        raise ValueError("no labels of parts: give segments (clips) or regions (pictures), 1 where the first is better")
+    if record.segments is not None and len(record.segments) > 1:
+        raise ValueError(f"{len(record.segments)} segment labels do not match the frame count, which is 1 for still "
+                         f"pictures: give regions, rows of labels over the picture, or set num_frames for "
+                         f"clips")  # fmt: skip
+    return replace(record, segments=None, regions=record.regions or (record.segments or (),))
 
 
 VIEWS: dict[str, View] = {
@@ -196,12 +208,13 @@ def _made(
     return made
 
 
-def _crop(first: ImageSource, framing: Framing, options: DataOptions, content: str) -> Crop:
+def _crop(first: MediaSource, framing: Framing, options: DataOptions, content: str) -> Crop:
     """One for all members; with buckets the size is that of the first."""
-    size = (framing.resolution, framing.resolution)
+    size = framing.size
     if step := options.bucket_step:
         height, width = first.size
         size = bucket(width, height, framing.resolution, step)
     rng = random.Random(f"view/{framing.seed}/{content}")
     place, flip = (rng.random(), rng.random()), rng.random() < 0.5
-    return Crop(size, place if framing.random_crop else (0.5, 0.5), framing.random_flip and flip)
+    return Crop(size, place if framing.random_crop else (0.5, 0.5), framing.random_flip and flip, framing.frames,
+                framing.fps)  # fmt: skip

@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffalign.data.records import BrokenRow, FileSlice, ImageSource, Row, label_scores, make_record
+from diffalign.data.records import BrokenRow, FileSlice, MediaSource, Row, label_scores, make_record
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CAPTIONS = ("caption.txt", "original_prompt.txt", "txt")
-Sample = dict[str, ImageSource]
+Sample = dict[str, MediaSource]
 
 
 def read_webdataset(path: str) -> Iterator[Row]:
@@ -62,7 +62,7 @@ def samples(shard: Path) -> Iterator[tuple[str, Sample] | BrokenRow]:
         yield current, members
 
 
-def _members(shard: Path) -> Iterator[tuple[str, ImageSource]]:
+def _members(shard: Path) -> Iterator[tuple[str, MediaSource]]:
     try:
         archive = tarfile.open(shard, "r:")  # noqa: SIM115  closed below
         plain = True
@@ -74,9 +74,9 @@ def _members(shard: Path) -> Iterator[tuple[str, ImageSource]]:
             if not member.isfile():
                 continue
             if plain:
-                yield member.name, ImageSource(FileSlice(shard, member.offset_data, member.size))
+                yield member.name, MediaSource(FileSlice(shard, member.offset_data, member.size))
             elif stream := archive.extractfile(member):
-                yield member.name, ImageSource(stream.read())
+                yield member.name, MediaSource(stream.read())
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -97,7 +97,7 @@ def _record(source: str, sample: Sample) -> Row:
     return make_record(source, caption, [images[0], images[1]], scores)
 
 
-def _label(stored: ImageSource) -> object:
+def _label(stored: MediaSource) -> object:
     text = stored.read().decode("utf-8", "replace").strip()
     try:
         return float(text)

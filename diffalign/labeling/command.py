@@ -13,6 +13,7 @@ import numpy as np
 from diffalign.arguments import Asked
 from diffalign.console import Result
 from diffalign.data.examples import checked
+from diffalign.data.options import Framing
 from diffalign.data.records import BrokenRow, Row, make_record
 from diffalign.labeling.aggregate import AGGREGATES, NEED_POSITIVE, equal
 from diffalign.labeling.choose import Choice, choose
@@ -186,7 +187,7 @@ def _usable(labeled: Sequence[Labeled], written: list[Labeled], broken: list[Bro
         make_record(_named(row.entries), row.prompt, [entry.source for entry in row.entries], row.scores)
         for row in labeled
     )
-    for row, record in zip(labeled, checked(rows), strict=True):
+    for row, record in zip(labeled, checked(rows, Framing(1)), strict=True):
         if isinstance(record, BrokenRow):
             broken.append(record)
             continue

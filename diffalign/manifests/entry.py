@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffalign.data.images import open_as_stored
 from diffalign.data.readers import IMAGE_SUFFIXES as SUFFIXES
-from diffalign.data.records import BrokenRow, ImageSource
+from diffalign.data.records import BrokenRow, MediaSource
 
 IMAGE_SUFFIXES = tuple(sorted(SUFFIXES))
 IMAGES, PROMPTS = ("image", "path", "file", "file_name"), ("prompt", "caption", "text")  # columns, the first one counts
@@ -31,7 +31,7 @@ class Entry:
 
     image: str
     prompt: str
-    source: ImageSource = field(repr=False)
+    source: MediaSource = field(repr=False)
     where: str
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class Listed:
 
     image: str
     prompt: str | None
-    source: ImageSource = field(repr=False)
+    source: MediaSource = field(repr=False)
     where: str
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,4 +89,4 @@ def row_of_path(row: Mapping[str, Any], folder: Path, where: str) -> Listed | Br
         return BrokenRow(where, f"expected the prompt as text in {prompt_column}, got {str(prompt)[:100]!r}")
     extra = {str(key): value for key, value in row.items() if key not in (image_column, prompt_column)}
     path = folder / image
-    return Listed(str(path), prompt, ImageSource(path), where, extra)
+    return Listed(str(path), prompt, MediaSource(path), where, extra)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffalign.data.records import BrokenRow, ImageSource
+from diffalign.data.records import BrokenRow, MediaSource
 from diffalign.manifests.entry import IMAGE_SUFFIXES, Listed
 
 
@@ -29,9 +29,9 @@ def read_folder(folder: Path) -> Iterator[Listed | BrokenRow]:
         except (OSError, UnicodeDecodeError) as error:
             yield BrokenRow(str(file), f"its caption {caption.name} cannot be read as text ({error})")
             continue
-        yield Listed(str(file), prompt, ImageSource(file), str(file))
+        yield Listed(str(file), prompt, MediaSource(file), str(file))
 
 
 def read_picture(file: Path) -> Iterator[Listed | BrokenRow]:
     """One picture, in want of a prompt."""
-    yield Listed(str(file), None, ImageSource(file), str(file))
+    yield Listed(str(file), None, MediaSource(file), str(file))

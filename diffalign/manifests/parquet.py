@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.pickapic import cell
-from diffalign.data.records import BrokenRow, ImageSource
+from diffalign.data.records import BrokenRow, MediaSource
 from diffalign.errors import first_line
 from diffalign.manifests.entry import Listed, columns, row_of_path
 
@@ -39,7 +39,7 @@ class PictureCell:
         path = value.get("path") if isinstance(value, Mapping) else None
         if not path:
             raise ValueError(f"{self.file}: row {self.row} of row group {self.group} has no picture in {self.column}")
-        return ImageSource(self.file.parent / path).read()
+        return MediaSource(self.file.parent / path).read()
 
 
 def read_parquet(place: Path) -> Iterator[Listed | BrokenRow]:
@@ -75,13 +75,13 @@ def _rows(file: Path) -> Iterator[Listed | BrokenRow]:
             rows = []
         for index, row in enumerate(rows):
             where = f"{file}, row {first + index}"
-            source = ImageSource(PictureCell(file, group, index, image))
+            source = MediaSource(PictureCell(file, group, index, image))
             yield row_of_path(row, file.parent, where) if as_path else _row(row, prompt, source, where,
                                                                             f"{file}:{first + index}")  # fmt: skip
         first += count
 
 
-def _row(row: Mapping[str, Any], column: str | None, source: ImageSource, where: str, name: str) -> Listed | BrokenRow:
+def _row(row: Mapping[str, Any], column: str | None, source: MediaSource, where: str, name: str) -> Listed | BrokenRow:
     prompt = row.get(column) if column else None
     if not isinstance(prompt, str | None):
         return BrokenRow(where, f"expected the prompt as text in {column}, got {str(prompt)[:100]!r}")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.records import ImageSource
+from diffalign.data.records import MediaSource
 from diffalign.manifests import FORMS, Entry, sniff
 from diffalign.manifests.entry import Listed
 from diffalign.rewards import REWARDS
@@ -108,12 +108,12 @@ def _entries(rows: Sequence[ScoreRow], path: Path) -> list[Entry]:
         container = row.image.rpartition(":")[0]
         if container.endswith(CONTAINERS) and container not in inside:
             inside[container] = _pictures_in(Path(container))
-        source = inside.get(container, {}).get(row.image) or ImageSource(Path(row.image))
+        source = inside.get(container, {}).get(row.image) or MediaSource(Path(row.image))
         found.append(Entry(row.image, row.prompt, source, f"{path}, row {number}", row.extra))
     return found
 
 
-def _pictures_in(container: Path) -> dict[str, ImageSource]:
+def _pictures_in(container: Path) -> dict[str, MediaSource]:
     """Of a file that is gone nothing: its pictures then cannot be opened, which is said where they are needed."""
     if not container.is_file():
         return {}

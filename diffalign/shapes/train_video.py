@@ -70,7 +70,7 @@ def latent_pool(pipe: Wan, several: Sequence[MovingScene], seed: int) -> Tensor:
     rng, parts = random.Random(seed), []
     for start in range(0, len(several), 32):
         drawn = np.stack([render_clip(moving, rng, FRAMES) for moving in several[start : start + 32]])
-        pixels = torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).float().div(255)
+        pixels = torch.from_numpy(drawn).permute(0, 1, 4, 2, 3).float().div(255)
         parts.append(pipe.encode(pixels)[0])
     return torch.cat(parts).contiguous()
 
@@ -86,7 +86,7 @@ def drawn(pipe: Wan, captions: Sequence[str], seed: int, steps: int = STEPS, bat
         policy = guided(pipe.predict, pipe.encode_prompts([""] * len(some)), GUIDANCE)
         step = ddim_stepper(policy, pipe.process, pipe.parametrization, pipe.encode_prompts(some))
         pixels = pipe.decode(sample(step, noise, times.to(device)).x).clamp(0, 1)
-        yield from (pixels * 255).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+        yield from (pixels * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
 class Trainer:

@@ -16,7 +16,7 @@ from PIL import Image
 from diffalign.data import examples as pairs_module
 from diffalign.data.examples import Example, epoch_order, held_out_prompts, iterate_examples, load_examples
 from diffalign.data.options import Framing
-from diffalign.data.records import BrokenRow, ImageSource, PreferenceRecord
+from diffalign.data.records import BrokenRow, MediaSource, PreferenceRecord
 
 
 def jsonl(folder: Path, ranked: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,14 +133,14 @@ def test_both_members_share_one_view_and_every_layout_draws_the_same(tmp_path: P
     for layout in toy_pairs.LAYOUTS:
         (tmp_path / layout).mkdir()
         section = {**toy_pairs.write(layout, tmp_path / layout, 10), "val_fraction": 0}
-        found.append(load_examples(section, 24, random_crop=True, random_flip=True, seed=5).train)
+        found.append(load_examples(section, Framing(24, random_crop=True, random_flip=True, seed=5)).train)
     views = [pair.crop for pair in found[0]]
     assert len({view.place for view in views}) == 10 and {view.flip for view in views} == {True, False}
     for other in found[1:]:
         assert [pair.crop for pair in other] == views
         assert [pair.cache_keys() for pair in other] == [pair.cache_keys() for pair in found[0]]
     section = {**section, "name": "webdataset"}
-    reseeded = load_examples(section, 24, random_crop=True, random_flip=True, seed=6).train
+    reseeded = load_examples(section, Framing(24, random_crop=True, random_flip=True, seed=6)).train
     assert all(a.crop.place != b.crop.place for a, b in zip(reseeded, found[0], strict=True))
     assert {pair.crop.place for pair in load_examples(section, 24).train} == {(0.5, 0.5)}
 
@@ -149,7 +149,8 @@ def test_everything_that_changes_the_pixels_changes_the_key(tmp_path: Path) -> N
     section = {**toy_pairs.write("jsonl", tmp_path, 1), "val_fraction": 0}
     options: list[dict[str, Any]] = [{}, {"random_crop": True}, {"random_crop": True, "seed": 1}]
     options += [{"random_flip": True, "seed": seed} for seed in range(8)]
-    made = [load_examples(section, 24, **more).train[0] for more in options] + [load_examples(section, 32).train[0]]
+    made = [load_examples(section, Framing(24, **more)).train[0] for more in options]
+    made.append(load_examples(section, 32).train[0])
     by_key: dict[str, set[bytes]] = {}
     for pair in made:
         for key, pixels in zip(pair.cache_keys(), pair.pixels(), strict=True):
@@ -158,10 +159,10 @@ def test_everything_that_changes_the_pixels_changes_the_key(tmp_path: Path) -> N
     assert len(by_key) == 2 * 5  # center, two crops, a flip, another resolution
 
 
-def picture(width: int, height: int) -> ImageSource:
+def picture(width: int, height: int) -> MediaSource:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(buffer, "PNG")
-    return ImageSource(buffer.getvalue())
+    return MediaSource(buffer.getvalue())
 
 
 def test_both_members_of_a_pair_are_in_the_bucket_of_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 from diffalign.data.records import (
     BrokenRow,
     FileSlice,
-    ImageSource,
+    MediaSource,
     PreferenceRecord,
     label_scores,
     make_record,
 )
 
-PICTURES = tuple(ImageSource(bytes([i])) for i in range(4))
+PICTURES = tuple(MediaSource(bytes([i])) for i in range(4))
 RECORD = PreferenceRecord("a cat", PICTURES[:2], (1.0, 0.0), "row 1")
 
 
@@ -94,15 +94,15 @@ def test_other_labels_are_refused(label: object) -> None:
 def test_bytes_of_every_kind_of_source(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"0123456789")
-    assert ImageSource(file).read() == b"0123456789"
-    assert ImageSource(FileSlice(file, 2, 3)).read() == b"234"
-    assert ImageSource(b"234").sha256 == ImageSource(FileSlice(file, 2, 3)).sha256 == hashlib.sha256(b"234").hexdigest()
-    assert "234" not in repr(ImageSource(b"234"))  # a message must not print a picture
+    assert MediaSource(file).read() == b"0123456789"
+    assert MediaSource(FileSlice(file, 2, 3)).read() == b"234"
+    assert MediaSource(b"234").sha256 == MediaSource(FileSlice(file, 2, 3)).sha256 == hashlib.sha256(b"234").hexdigest()
+    assert "234" not in repr(MediaSource(b"234"))  # a message must not print a picture
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    for source in (ImageSource(file), ImageSource(FileSlice(file, 0, 3))):
+    for source in (MediaSource(file), MediaSource(FileSlice(file, 0, 3))):
         with pytest.raises(ValueError, match=r"file cannot be read \(No such file"):
             source.read()
     file.write_bytes(b"01")
@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_the_hash_is_computed_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"01")
-    source = ImageSource(file)
+    source = MediaSource(file)
     first = source.sha256
     file.unlink()
     assert source.sha256 == first

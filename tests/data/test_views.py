@@ -19,11 +19,11 @@ from diffalign.data.example import Example
 from diffalign.data.examples import contradictions, load_examples
 from diffalign.data.images import framed_regions, resize_and_crop
 from diffalign.data.options import DataOptions, Framing
-from diffalign.data.records import ImageSource, PreferenceRecord
+from diffalign.data.records import MediaSource, PreferenceRecord
 from diffalign.data.views import VIEWS, view_of
 
 CAPTION = "a red circle"
-PICTURES = tuple(ImageSource(toy_pairs.png(CAPTION, seed, 32)) for seed in range(4))
+PICTURES = tuple(MediaSource(toy_pairs.png(CAPTION, seed, 32)) for seed in range(4))
 PLAIN, FRAMING = DataOptions(), Framing(32)
 
 
@@ -88,7 +88,7 @@ def test_rankings_of_one_picture_are_refused(view: str) -> None:
 
 
 def test_buckets_reach_single_pictures() -> None:
-    wide = ImageSource(_png(Image.new("RGB", (128, 64))))
+    wide = MediaSource(_png(Image.new("RGB", (128, 64))))
     row = PreferenceRecord(CAPTION, (wide,), (1.0,), "row 1")
     for view in ("winners", "thumbs", "perturbed"):
         [example] = view_of(view)(row, replace(PLAIN, buckets=16), Framing(64))
@@ -188,7 +188,7 @@ def test_rows_whose_parts_are_all_ties_are_skipped() -> None:
     [
         (record(0.0, 1.0), "no labels of parts: give segments .* or regions"),
         (record(0.0, 1.0, segments=(1, 0, -1)), "3 segment labels do not match the frame count, which is 1"),
-        (record(0.0, 1.0, 2.0, regions=((1,),)), "labels of parts are of two pictures, got 3"),
+        (record(0.0, 1.0, 2.0, regions=((1,),)), "labels of parts are of two pictures or clips, got 3"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused_when_the_data_are_read(row: PreferenceRecord, message: str) -> None:
