@@ -30,6 +30,9 @@ def refuse(config: RunConfig, method: Method) -> None:
     if (config.train == "user") != (Need.USERS in method.needs):
         raise ValueError(f"train: user and a method that is told of users go together, such as ppd; got train: "
                          f"{config.train} and method {config.method_name!r}")  # fmt: skip
+    if Need.USERS in method.needs and config.num_frames is not None:
+        raise ValueError(f"method {config.method_name!r} tells the network of users, which is there for pictures "
+                         f"alone: leave num_frames out, or take dpo")  # fmt: skip
     if Need.BASE in method.needs and config.train != "lora":
         raise ValueError(f"method {config.method_name!r} compares with the base model under a LoRA: set train: lora")
     if isinstance(method, Replays) and config.lora.dropout:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, final
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.clips import contact_sheet
 from diffalign.writing import write_text
 
 log = logging.getLogger("diffalign")
@@ -214,13 +214,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def grid(pixels: Tensor, columns: int) -> Image.Image:
     """One picture of many [N, 3, H, W] in [0, 1], row by row."""
-    count, _, height, width = pixels.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for index, picture in enumerate((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        top, left = index // columns * height, index % columns * width
-        sheet[top : top + height, left : left + width] = picture
-    return Image.fromarray(sheet)
+    return contact_sheet((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy(), columns)
 
 
 def _lines(path: Path) -> list[str]:

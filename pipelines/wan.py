@@ -36,6 +36,7 @@ class Wan(LatentPipeline):
         refuse_two_stages(stock, name)
         super().__init__(stock, name)
         self.parametrization = "flow"
+        self._frames_a_latent: int = stock.vae_scale_factor_temporal
         config = stock.scheduler.config
         # Wan ships with UniPC, a sampler of higher order of the same flow; its shift has a name of its own there
         shift = config.get("flow_shift", config.get("shift", 1.0))
@@ -101,7 +102,7 @@ class Wan(LatentPipeline):
         """
         height, width, frames = height or HEIGHT, width or WIDTH, frames or FRAMES
         _, *patch = self.network.config.patch_size
-        space, time = self._factor, self._stock.vae_scale_factor_temporal
+        space, time = self._factor, self._frames_a_latent
         step = space * patch[0]
         if height % step or width % step or min(height, width) <= 0:
             raise ValueError(wrong_size(height, width, step, None))

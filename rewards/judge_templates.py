@@ -16,7 +16,7 @@ from diffalign.assets import asset
 from diffalign.rewards.judge_parse import Parser, Scale
 from diffalign.table import unknown
 
-SHIPPED = ("unifiedreward", "unifiedreward-pair", "vlm", "vlm-pair")
+SHIPPED = ("unifiedreward", "unifiedreward-pair", "vlm", "vlm-clip-pair", "vlm-pair")
 BRACKETS = "<>[]"  # of chat templates' own marks, such as <|im_end|> and [INST], and of <image>
 
 

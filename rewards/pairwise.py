@@ -1,4 +1,4 @@
-"""Which of two pictures is better, and the share of wins inside a group of pictures of one prompt.
+"""Which of two pictures or clips is better, and the share of wins inside a group of them of one prompt.
 
     winrate_i = (1 / |J_i|) sum_{j in J_i} w_ij,    w_ij = 1 if i wins against j, 1/2 for a tie, else 0
 
@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.answers import Asker, in_order
+from diffalign.data.clips import contact_sheet
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Card, Images, dispatch
+from diffalign.rewards.clips import dispatch_clips, spread
 from diffalign.rewards.judge import load_asker
 from diffalign.rewards.judge_parse import PAIR_PARSERS
 from diffalign.rewards.judge_templates import load_template
@@ -34,18 +36,20 @@ PREFERENCES: dict[str, str] = {
     "reward": "diffalign.rewards.pairwise:RewardPreference",
 }
 TIE = 0.5
+SHEET = 8  # frames of a clip that a judge of pictures is shown
+Shown = Image.Image | Tensor  # a picture, or a clip uint8 [F, 3, H, W]
 
 log = logging.getLogger(__name__)
 
 
 class Preference(Protocol):
-    """Says which of two pictures is better for a prompt."""
+    """Says which of two pictures or clips is better for a prompt."""
 
     @property
     def workers(self) -> int:
         """How many pairs it takes at once; 1 for one that is not to be called from several threads."""
 
-    def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
+    def prefer(self, a: Shown, b: Shown, prompt: str) -> float:
         """1 if `a` is better, 0 if `b` is, 0.5 for a tie, NaN where there is no verdict."""
 
 
@@ -53,12 +57,15 @@ class Preference(Protocol):
 class VLMPreference:
     """A vision-language model, asked in both orders, for it favors a place; where it contradicts itself there is a tie.
 
+    Of a clip it is shown one picture of some of its frames, see `sheet_of`, and the template should say so, as
+    "vlm-clip-pair" does.
+
     If one of the two answers is missing, so is the verdict: the other one alone may be no more than the place. Why is
     in the log.
 
     Args:
         judge: who is asked; see `VLM`.
-        template: "vlm-pair", "unifiedreward-pair", or a json file like those in assets/judges.
+        template: "vlm-pair", "vlm-clip-pair", "unifiedreward-pair", or a json file like those in assets/judges.
         device: of a judge that runs here.
 
     Raises:
@@ -78,8 +85,9 @@ class VLMPreference:
     def workers(self) -> int:
         return self.asker.workers
 
-    def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
+    def prefer(self, a: Shown, b: Shown, prompt: str) -> float:
         """1 if `a` is better, 0 if `b` is, 0.5 for a tie or a contradiction, NaN where an answer is missing."""
+        a, b = sheet_of(a), sheet_of(b)
         first = self._first_wins(a, b, prompt)
         if math.isnan(first):
             return MISSING
@@ -100,7 +108,7 @@ class VLMPreference:
 
 @final
 class RewardPreference:
-    """Rewards as a judge of pairs: the picture with the larger weighted sum wins.
+    """Rewards as a judge of pairs: the picture or clip with the larger weighted sum wins.
 
     Args:
         rewards: as in a run's `rewards`: {"pickscore": 1.0}.
@@ -118,17 +126,22 @@ class RewardPreference:
             raise ValueError(f"preference.margin: expected a number of at least 0, got {margin}")
         self.rewards, self.margin = load_rewards(rewards, device=device), margin
 
-    def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
+    def prefer(self, a: Shown, b: Shown, prompt: str) -> float:
         """1 if `a` is better, 0 if `b` is, 0.5 for a tie, NaN where one has no score."""
-        first, second = self.rewards([a, b], [prompt] * 2).tolist()
+        first, second = self.rewards(_together(a, b), [prompt] * 2).tolist()
         if math.isnan(first) or math.isnan(second):
             return MISSING
         return TIE if abs(first - second) <= self.margin else float(first > second)
 
 
+def _together(*shown: Shown) -> Images:
+    clips = [one for one in shown if isinstance(one, Tensor)]
+    return torch.stack(clips) if clips else [one for one in shown if isinstance(one, Image.Image)]
+
+
 @final
 class WinRate:
-    """The share of wins against the other pictures of the same prompt within the call.
+    """The share of wins against the other pictures or clips of the same prompt within the call.
 
     G pictures cost G (G - 1) / 2 verdicts, and with a `VLMPreference` twice as many requests. Only pictures that are
     given together are compared: a batch is to hold whole groups. A picture without any verdict is NaN, as is one that
@@ -140,7 +153,7 @@ class WinRate:
         device: of a judge that runs here.
 
     Raises:
-        ValueError: a section that does not fit; when called, clips, or an endpoint that was never reached.
+        ValueError: a section that does not fit; when called, an endpoint that was never reached.
     """
 
     name: ClassVar[str] = "winrate"
@@ -166,19 +179,15 @@ class WinRate:
         self.reasons: list[str] = []
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; see `Reward.__call__`.
-
-        Raises:
-            ValueError: clips: their frames would be compared with each other.
-        """
+        """Scores [B]; see `Reward.__call__`."""
         if isinstance(images, Tensor) and images.ndim == 5:
-            raise ValueError(f"winrate compares pictures [B, 3, H, W], got clips {list(images.shape)}; give one frame "
-                             f"of each, such as clips[:, 0]")  # fmt: skip
-        scores = dispatch(self.name, images, prompts, exact=self._score, differentiable=None)
+            scores = dispatch_clips(self.name, images, prompts, self._score, differentiable=False)
+        else:
+            scores = dispatch(self.name, images, prompts, exact=self._score, differentiable=None)
         tell_missing(self.name, self.reasons)
         return scores
 
-    def _score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def _score(self, pictures: Sequence[Shown], prompts: Sequence[str]) -> Tensor:
         pairs = same_prompt_pairs(prompts)
         wins = in_order(
             lambda pair: self.preference.prefer(pictures[pair[0]], pictures[pair[1]], prompts[pair[0]]),
@@ -189,6 +198,13 @@ class WinRate:
         asked = [sum(i in pair for pair in pairs) for i in range(len(pictures))]
         self.reasons = [_reason(rate, pairs_of) for rate, pairs_of in zip(rates, asked, strict=True)]
         return torch.tensor(rates)
+
+
+def sheet_of(shown: Shown) -> Image.Image:
+    """A picture as it is, of a clip some of its frames, four in a row."""
+    if not isinstance(shown, Tensor):
+        return shown
+    return contact_sheet(shown[spread(len(shown), SHEET)].permute(0, 2, 3, 1).cpu().numpy(), columns=4)
 
 
 def same_prompt_pairs(prompts: Sequence[str]) -> list[tuple[int, int]]:

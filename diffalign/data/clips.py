@@ -200,7 +200,12 @@ def write_clip(frames: NDArray[np.uint8], file: Path, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def contact_sheet(frames: NDArray[np.uint8], columns: int = 9) -> Image.Image:
-    """Some frames of uint8 [F, H, W, 3] side by side, from the first to the last at equal distances."""
-    some = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    return Image.fromarray(np.concatenate(list(frames[some]), axis=1))
+def contact_sheet(frames: NDArray[np.uint8], columns: int) -> Image.Image:
+    """Frames uint8 [F, H, W, 3] row by row."""
+    count, height, width, _ = frames.shape
+    columns = min(count, columns)
+    sheet = np.zeros((-(-count // columns) * height, columns * width, 3), np.uint8)
+    for place, frame in enumerate(frames):
+        top, left = place // columns * height, place % columns * width
+        sheet[top : top + height, left : left + width] = frame
+    return Image.fromarray(sheet)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loopback import Asked, Loopback, Reply, gray
 from PIL import Image
+from torch import Tensor
 
 from diffalign.answers import Answer
 from diffalign.rewards import load_reward, load_rewards
 from diffalign.rewards.judge_parse import PAIR_PARSERS, POINT_PARSERS
 from diffalign.rewards.judge_templates import SHIPPED, Template, escaped, load_template
-from diffalign.rewards.pairwise import RewardPreference, VLMPreference, same_prompt_pairs, win_rates
+from diffalign.rewards.pairwise import RewardPreference, VLMPreference, same_prompt_pairs, sheet_of, win_rates
 
 HOSTILE = [
     "a cat",
@@ -271,17 +273,39 @@ def test_win_rates_are_the_formula():
     assert len(pairs) == 15 and same_prompt_pairs(["a", "b"]) == []
 
 
-def test_winrate_takes_any_preference_and_refuses_clips():
-    class Larger:
+def test_winrate_takes_any_preference_and_clips_are_compared_whole():
+    class Lighter:
         workers = 2
 
-        def prefer(self, a: Image.Image, b: Image.Image, prompt: str) -> float:
-            return float(a.width > b.width)
+        def prefer(self, a: Image.Image | Tensor, b: Image.Image | Tensor, prompt: str) -> float:
+            assert type(a) is type(b)
+            one, other = (torch.as_tensor(np.array(shown)).float().mean() for shown in (a, b))
+            return float(one > other)
 
-    reward = load_reward("winrate", preference=Larger())
-    assert reward([gray(0, side) for side in (3, 1, 2)], ["a"] * 3).tolist() == [1, 0, 0.5]
-    with pytest.raises(ValueError, match=r"winrate compares pictures .* got clips \[2, 3, 3, 4, 4\]"):
-        reward(torch.zeros(2, 3, 3, 4, 4), ["a", "a"])
+    reward = load_reward("winrate", preference=Lighter())
+    assert reward([gray(level, 2) for level in (30, 10, 20)], ["a"] * 3).tolist() == [1, 0, 0.5]
+    clips = torch.zeros(3, 5, 3, 4, 4, dtype=torch.uint8)
+    clips[0, 4], clips[2, 0] = 90, 50  # single frames that are lighter
+    assert reward(clips, ["a"] * 3).tolist() == [1, 0, 0.5]
+    assert reward(clips / 255, ["a", "a", "b"]).tolist()[:2] == [1, 0]
+
+
+def test_a_judge_of_pictures_sees_frames_of_a_clip_side_by_side():
+    clip = torch.arange(10, dtype=torch.uint8).mul(20).view(10, 1, 1, 1).expand(10, 3, 4, 6)
+    shown = np.asarray(sheet_of(clip))
+    assert shown.shape == (8, 24, 3)
+    assert [shown[4 * (k // 4), 6 * (k % 4), 0] // 20 for k in range(8)] == [0, 1, 3, 4, 5, 6, 8, 9]
+    seen = []
+
+    class Judge:
+        workers = 1
+
+        def ask(self, images: Sequence[Image.Image], question: str) -> Answer:
+            seen.append([image.size for image in images])
+            return Answer("Better: 1")
+
+    assert VLMPreference(judge=Judge(), template="vlm-clip-pair").prefer(clip, clip, "a") == 0.5
+    assert seen == [[(24, 8), (24, 8)]] * 2
 
 
 def test_templates_are_data():
