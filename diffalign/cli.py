@@ -21,6 +21,7 @@ from diffalign.cli_options import (
     Engine,
     FittingBatchSize,
     Guidance,
+    Height,
     Images,
     Json,
     Lora,
@@ -38,6 +39,7 @@ from diffalign.cli_options import (
     User,
     UserAdapter,
     Weights,
+    Width,
 )
 from diffalign.cli_preferences import compare, judge, label
 from diffalign.console import Result, guarded, show, working
@@ -114,20 +116,24 @@ def generate(
     guidance_scale: Guidance = 7.5,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("runs/generated"),
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    fps: Annotated[float, typer.Option(help="Frames a second that clips are played at.")] = 16.0,
     max_sequence_length: MaxSequenceLength = None,
     device: Device = None,
     attention: Attention = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw pictures of prompts."""
+    """Draw pictures or clips of prompts."""
     with working():
-        from diffalign import arguments, commands
+        from diffalign import arguments, drawing
 
         rows = arguments.read_prompt_options(prompt or [], prompts)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
-        place = arguments.default_device(device)
-        told = commands.Told(user_adapter, user)
-        result = commands.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told)
+        sampling = drawing.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
+        place, told = arguments.default_device(device), drawing.Told(user_adapter, user)
+        canvas = drawing.Canvas(height, width, num_frames, fps)
+        result = drawing.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told, canvas)
     show(result, as_json)
 
 
@@ -200,13 +206,13 @@ def evaluate(
 ) -> None:
     """Compare a model with the same model under a LoRA: mean rewards, gains and win rates with intervals."""
     with working():
-        from diffalign import arguments, commands
+        from diffalign import arguments, commands, drawing
 
         place = arguments.default_device(device)
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
-        sampling = commands.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
-        told = commands.Told(user_adapter, user)
+        sampling = drawing.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
+        told = drawing.Told(user_adapter, user)
         result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told)
     show(result, as_json)
 
@@ -229,8 +235,8 @@ def optimize_noise(
         list[int] | None, typer.Option(help="Of these steps, as the network counts: 800 for Hyper-SDXL's one; often.")
     ] = None,
     guidance_scale: Guidance = 1.0,
-    height: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")] = None,
+    height: Height = None,
+    width: Width = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; each next one has the next seed.")] = 0,
     prompts_at_once: Annotated[int, typer.Option(help="Prompts that are optimized together.")] = 1,
     memory: Annotated[str, typer.Option(help="fast, balanced or low.")] = "balanced",

@@ -23,6 +23,8 @@ User = Annotated[
 MaxSequenceLength = Annotated[
     int | None, typer.Option("--max-sequence-length", help="Tokens of T5 (SD3), 256 by default; fewer are faster.")
 ]
+Height = Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")]
+Width = Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")]
 NumFrames = Annotated[int | None, typer.Option("--num-frames", help="Of clips; leave out for pictures.")]
 Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from diffalign import demo as demo_run
 from diffalign.arguments import default_device
@@ -19,62 +17,26 @@ from diffalign.card import CONFIG, add_evaluation
 from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
+from diffalign.drawing import NOBODY, Sampling, Told
 from diffalign.estimate import CARDS, estimate
 from diffalign.evaluation import evaluate
-from diffalign.generation import generate
 from diffalign.memory import smaller
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.export import export_lora
-from diffalign.pipelines.lora import load_lora
-from diffalign.pipelines.user_adapter import load_user_adapter
 from diffalign.prompts import Prompt
 from diffalign.reference import REFERENCES
 from diffalign.refusals import refuse, refuse_other_pixels
 from diffalign.rewards import CLIPS, REWARDS, clip_section
 from diffalign.rewards.base import Weighted
-from diffalign.rewards.preprocess import to_pictures
 from diffalign.selection import SELECTIONS
 from diffalign.startup import read_examples, weight_dtype
 from diffalign.table import bind, build, coerce, unknown
 from diffalign.trainer import train
-from diffalign.users import load_user, parse_users
-from diffalign.writing import write_text
+from diffalign.users import parse_users
 
 log = logging.getLogger("diffalign")
-
-LISTING = "generations.jsonl"  # what `generate` writes and `score` reads: image, prompt and seed per line
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn; `seed` is that of the first, and the next have the next ones."""
-
-    steps: int
-    guidance_scale: float
-    seed: int
-    batch_size: int
-    lora_scale: float = 1.0
-    max_sequence_length: int | None = None
-
-
-@dataclass(frozen=True)
-class Told:
-    """Whom pictures are for, as the command line names it: a user adapter, and a user's file or name."""
-
-    adapter: str | None = None
-    user: str | None = None
-
-    def tokens(self) -> Tensor | None:
-        """[N, D] of the user, or None where none is named.
-
-        Raises:
-            ValueError: one of the two without the other, or a user who is not there.
-        """
-        if (self.adapter is None) != (self.user is None):
-            raise ValueError("--user-adapter and --user go together: whom to draw for, and the adapter that knows how")
-        return None if self.user is None else load_user(self.user, self.adapter)
 
 
 def run_demo(out: Path, quick: bool, seed: int) -> Result:
@@ -155,55 +117,9 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
     return Result(data, text)
 
 
-def draw_pictures(
-    model: str,
-    lora: str | None,
-    prompts: Sequence[Prompt],
-    images_each: int,
-    sampling: Sampling,
-    out: Path,
-    device: str,
-    attention: str,
-    told: Told = Told(),
-) -> Result:
-    """Pictures 00000.png ... in a new or empty folder, listed in generations.jsonl with their prompts and seeds."""
-    if images_each < 1 or sampling.batch_size < 1:
-        raise ValueError("expected --num-images and --batch-size of at least 1")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
-    user = told.tokens()
-    pipe = load_pipeline(model, device=device, attention=attention, max_sequence_length=sampling.max_sequence_length)
-    if lora:
-        load_lora(pipe, lora, scale=sampling.lora_scale)
-    if told.adapter:
-        load_user_adapter(pipe, told.adapter)
-    texts = [prompt.text for prompt in prompts for _ in range(images_each)]
-    rows: list[dict[str, Any]] = [
-        {"image": f"{i:05d}.png", "prompt": text, "seed": sampling.seed + i} for i, text in enumerate(texts)
-    ]
-    out.mkdir(parents=True, exist_ok=True)
-    with progress_bar("drawing", len(rows)) as advance, preferring(attention):
-        for start in range(0, len(rows), sampling.batch_size):
-            some = rows[start : start + sampling.batch_size]
-            pixels = generate(
-                pipe,
-                [row["prompt"] for row in some],
-                seeds=[row["seed"] for row in some],
-                steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
-                batch_size=len(some),
-                user=user,
-            )
-            for row, picture in zip(some, to_pictures(pixels), strict=True):
-                picture.save(out / row["image"])
-            advance(len(some))
-    write_text(out / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return Result({"folder": str(out), "images": rows}, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")
-
-
 def compare_models(
     model: str, lora: str | None, prompts: Sequence[Prompt], rewards: Weighted, seeds: int,
-    sampling: Sampling, out: Path | None, device: str, attention: str, told: Told = Told(),
+    sampling: Sampling, out: Path | None, device: str, attention: str, told: Told = NOBODY,
 ) -> Result:  # fmt: skip
     """Base against LoRA or user adapter, or both, on the same prompts and seeds; without either the base alone."""
     user = told.tokens()

@@ -1,4 +1,4 @@
-"""Pictures from prompts: the sampler core with guidance, one generator per picture."""
+"""Pictures or clips from prompts: the sampler core with guidance, one generator per picture."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ def generate(
     batch_size: int = 16,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
     user: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, H, W] in [0, 1], fp32 on the CPU, for N prompts and as many seeds.
+    """Pixels [N, 3, H, W], of clips [N, F, 3, H, W], in [0, 1], fp32 on the CPU, for N prompts and as many seeds.
 
     A picture follows from its prompt and its seed alone, as from the stock pipeline with
     `generator=torch.Generator("cpu").manual_seed(seed)` and a DDIM scheduler; as there, a guidance of 1 or less is
     none. `progress` is told of finished pictures.
 
     Args:
+        height, width, frames: the model's own where they are not given; frames of models that draw clips alone.
         user: tokens [N, D] of whom it draws for, or [pictures, N, D], by a user adapter (`load_user_adapter`). Guidance
             leads away from the empty prompt for nobody, so it strengthens both the prompt and the user.
 
     Raises:
-        ValueError: no prompt, another number of seeds than prompts, or a size that the VAE cannot represent.
+        ValueError: no prompt, another number of seeds than prompts, or a size that the model cannot draw.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"expected at least one prompt and one seed per prompt, got {len(prompts)} and {len(seeds)}")
-    shape, times = pipe.latent_shape(height, width), pipe.times(steps)
+    shape, times = pipe.latent_shape(height, width, frames), pipe.times(steps)
     parts = []
     for start in range(0, len(prompts), batch_size):
         some, some_seeds = prompts[start : start + batch_size], seeds[start : start + batch_size]
@@ -60,7 +62,7 @@ def generate(
 def sample_latents(
     pipe: LatentPipeline, condition: Condition, negative: Condition, noise: Tensor, times: Tensor, guidance_scale: float
 ) -> Tensor:
-    """Latents [B, C, h, w] from starting noise of the same shape, by guided DDIM along `times`."""
+    """Latents [B, C, ...] from starting noise of the same shape, by guided DDIM along `times`."""
     device = next(pipe.network.parameters()).device
     here, away = ({name: value.to(device) for name, value in c.items()} for c in (condition, negative))
     policy = guided(pipe.predict, away, as_stock(guidance_scale))

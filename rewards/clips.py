@@ -31,6 +31,15 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+Shown = Image.Image | Tensor  # a picture, or a clip uint8 [F, 3, H, W]
+
+
+def together(shown: Sequence[Shown]) -> Images:
+    """Pictures as a list, clips of one size and length as a tensor [B, F, 3, H, W]."""
+    clips = [one for one in shown if isinstance(one, Tensor)]
+    return torch.stack(clips) if clips else [one for one in shown if isinstance(one, Image.Image)]
+
+
 def spread(count: int, taken: int | None) -> list[int]:
     """Which of `count` frames are taken: all, or `taken` from the first to the last at equal distances, rounded."""
     if taken is None or taken >= count:

@@ -24,7 +24,7 @@ from diffalign.answers import Asker, in_order
 from diffalign.data.clips import contact_sheet
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Card, Images, dispatch
-from diffalign.rewards.clips import dispatch_clips, spread
+from diffalign.rewards.clips import Shown, dispatch_clips, spread, together
 from diffalign.rewards.judge import load_asker
 from diffalign.rewards.judge_parse import PAIR_PARSERS
 from diffalign.rewards.judge_templates import load_template
@@ -37,7 +37,6 @@ PREFERENCES: dict[str, str] = {
 }
 TIE = 0.5
 SHEET = 8  # frames of a clip that a judge of pictures is shown
-Shown = Image.Image | Tensor  # a picture, or a clip uint8 [F, 3, H, W]
 
 log = logging.getLogger(__name__)
 
@@ -128,15 +127,10 @@ class RewardPreference:
 
     def prefer(self, a: Shown, b: Shown, prompt: str) -> float:
         """1 if `a` is better, 0 if `b` is, 0.5 for a tie, NaN where one has no score."""
-        first, second = self.rewards(_together(a, b), [prompt] * 2).tolist()
+        first, second = self.rewards(together([a, b]), [prompt] * 2).tolist()
         if math.isnan(first) or math.isnan(second):
             return MISSING
         return TIE if abs(first - second) <= self.margin else float(first > second)
-
-
-def _together(*shown: Shown) -> Images:
-    clips = [one for one in shown if isinstance(one, Tensor)]
-    return torch.stack(clips) if clips else [one for one in shown if isinstance(one, Image.Image)]
 
 
 @final

@@ -160,7 +160,7 @@ def test_paths_are_relative_to_the_manifest_and_other_columns_are_kept(folder: P
     [
         ("{", "got no JSON"),
         ("[1]", "got [1]"),
-        ('{"prompt": "x"}', "expected a column image, path, file or file_name, found prompt"),
+        ('{"prompt": "x"}', "expected a column image, video, path, file or file_name, found prompt"),
         ('{"image": 7, "prompt": "x"}', "expected the path of a picture in image, got '7'"),
         ('{"image": "a.png", "prompt": ["x"]}', "expected the prompt as text in prompt"),
         ('{"image": "a.png"}', "has no prompt: give --prompt"),
@@ -215,7 +215,7 @@ def test_broken_rows_of_the_other_forms(folder: Path) -> None:
     [
         ("nothing.png", None, "no picture there"),
         ("*.webp", None, "no picture there"),
-        ("x.csv", "a,b\n1,2\n", "expected a column image, path, file or file_name, found a, b"),
+        ("x.csv", "a,b\n1,2\n", "expected a column image, video, path, file or file_name, found a, b"),
         ("x.csv", b"image,prompt\n\xff,x\n", "cannot be read as csv in UTF-8"),
         ("x.parquet", "no table", "not a readable parquet file"),
         ("x.json", "[]", "expected a picture or a manifest"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,12 +56,13 @@ class FrameFolder:
         return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in self.files())
 
 
-def decode_clip(content: bytes | FrameFolder, source: str, frames: int, fps: float | None) -> list[Image.Image]:
-    """The first `frames` frames of a clip as RGB pictures of one size.
+def decode_clip(content: bytes | FrameFolder, source: str, frames: int | None, fps: float | None) -> list[Image.Image]:
+    """The first `frames` frames of a clip, or all of them, as RGB pictures of one size.
 
     Args:
         content: a file's bytes, or a folder of frames.
         source: for messages.
+        frames: None for all, whatever their rate.
         fps: frames a second, counted from the first: of a file with another rate, or a rate that varies, the frames
             that are on screen then (one may come twice). None takes every frame of the file. A folder of frames has no
             rate, and gives each of its files.
@@ -91,9 +93,11 @@ class Unusable(ValueError):
     """A clip that can be read and not used."""
 
 
-def _of_folder(folder: FrameFolder, source: str, frames: int) -> list[Image.Image]:
+def _of_folder(folder: FrameFolder, source: str, frames: int | None) -> list[Image.Image]:
     files = folder.files()
-    if len(files) < frames:
+    if not files:
+        raise Unusable(f"{source}: no frame in the folder")
+    if frames is not None and len(files) < frames:
         raise Unusable(_too_short(source, len(files), frames, None))
     return [decode(file.read_bytes(), f"{source}, frame {file.name}") for file in files[:frames]]
 
@@ -138,8 +142,9 @@ def _of_video(content: bytes, source: str) -> Iterator[Timed]:
             yield last + length, picture
 
 
-def _chosen(timed: Iterable[Timed], source: str, frames: int, fps: float | None) -> list[Image.Image]:
+def _chosen(timed: Iterable[Timed], source: str, frames: int | None, fps: float | None) -> list[Image.Image]:
     """Of frames with times, the last of which says only where the clip ends."""
+    wanted = math.inf if frames is None else frames
     found: list[Image.Image] = []
     lengths: list[float] = []
     shown: Image.Image | None = None
@@ -149,17 +154,17 @@ def _chosen(timed: Iterable[Timed], source: str, frames: int, fps: float | None)
             lengths.append(seconds - begun)
             if fps is None:
                 found.append(shown)
-            while fps is not None and len(found) < frames and len(found) / fps < seconds - BLINK:
+            while fps is not None and len(found) < wanted and len(found) / fps < seconds - BLINK:
                 found.append(shown)
         begun, shown = seconds, picture
-        if len(found) >= frames:
+        if len(found) >= wanted:
             break
     if not lengths:
         raise Unusable(f"{source}: no frame in the clip")
-    if len(found) < frames:
+    if frames is not None and len(found) < frames:
         raise Unusable(_too_short(source, len(lengths), frames, fps, seconds))
     whole = [max(length, BLINK) for length in lengths[:-1]]  # the last one may be cut off
-    if fps is None and whole and max(whole) > STEADY * min(whole):
+    if fps is None and frames is not None and whole and max(whole) > STEADY * min(whole):
         raise Unusable(f"{source}: the frame rate varies, from {1 / max(whole):.3g} to {1 / min(whole):.3g} a second; "
                        f"set fps, at which clips are then seen")  # fmt: skip
     return found

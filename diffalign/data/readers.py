@@ -16,6 +16,7 @@ from diffalign.data.records import BrokenRow, MediaSource, Row, label_scores, ma
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v"}
+SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 CAPTIONS = "captions.json"
 
 
@@ -140,7 +141,7 @@ def read_folders(path: str, caption: str | None = None) -> Iterator[Row]:
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        known = file.is_dir() or file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        known = file.is_dir() or file.suffix.lower() in SUFFIXES
         if known and not file.name.startswith("."):
             files.setdefault(file.name if file.is_dir() else file.stem, []).append(file)
     return files

@@ -92,8 +92,8 @@ class MediaSource:
         vars(self)["size"] = (picture.height, picture.width)  # where cached_property looks first
         return picture
 
-    def clip(self, name: str, frames: int, fps: float | None) -> list[Image.Image]:
-        """The first frames of the clip, as `diffalign.data.clips.decode_clip` reads them; their `size` is kept.
+    def clip(self, name: str, frames: int | None, fps: float | None) -> list[Image.Image]:
+        """The first frames of the clip, or all, as `diffalign.data.clips.decode_clip` reads them; their `size` is kept.
 
         Raises:
             ValueError: missing, or not a clip that can be used; the message begins with `name`.

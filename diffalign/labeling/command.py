@@ -187,7 +187,8 @@ def _usable(labeled: Sequence[Labeled], written: list[Labeled], broken: list[Bro
         make_record(_named(row.entries), row.prompt, [entry.source for entry in row.entries], row.scores)
         for row in labeled
     )
-    for row, record in zip(labeled, checked(rows, Framing(1)), strict=True):
+    clips = any(entry.clip for row in labeled for entry in row.entries)
+    for row, record in zip(labeled, checked(rows, Framing(1, frames=1 if clips else None)), strict=True):
         if isinstance(record, BrokenRow):
             broken.append(record)
             continue

@@ -10,6 +10,7 @@ import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from diffalign.data.readers import SUFFIXES
 from diffalign.data.records import BrokenRow
 from diffalign.data.webdataset import SUFFIXES as SHARDS
 from diffalign.data.webdataset import find_shards
@@ -59,7 +60,7 @@ def sniff(path: Path) -> str:
         ValueError: a file that is no picture and no manifest.
     """
     if path.is_dir():
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
             return "folder"
         if any(path.glob("*.parquet")):
             return "parquet"

@@ -1,4 +1,4 @@
-"""A row of a manifest: one picture, its prompt, and whatever else stands in the row."""
+"""A row of a manifest: one picture or clip, its prompt, and whatever else stands in the row."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from diffalign.data import readers
 from diffalign.data.images import open_as_stored
-from diffalign.data.readers import IMAGE_SUFFIXES as SUFFIXES
+from diffalign.data.readers import VIDEO_SUFFIXES
 from diffalign.data.records import BrokenRow, MediaSource
 
-IMAGE_SUFFIXES = tuple(sorted(SUFFIXES))
-IMAGES, PROMPTS = ("image", "path", "file", "file_name"), ("prompt", "caption", "text")  # columns, the first one counts
+IMAGE_SUFFIXES = tuple(sorted(readers.IMAGE_SUFFIXES))
+IMAGES, PROMPTS = ("image", "video", "path", "file", "file_name"), ("prompt", "caption", "text")  # the first one counts
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture with its prompt; nothing of the picture is in memory until it is opened.
+    """One picture or clip with its prompt; nothing of it is in memory until it is opened.
 
     Attributes:
         image: its path, or for one inside a larger file "shard.tar:key.jpg", "table.parquet:17"; for people and as key.
@@ -42,6 +45,19 @@ class Entry:
             ValueError: missing, truncated, no picture, or too large; the message begins with `image`.
         """
         return open_as_stored(self.source.read(), self.image)
+
+    @property
+    def clip(self) -> bool:
+        """Whether it is a video, by its name; an animation is a picture, whose first frame counts."""
+        return Path(self.image).suffix.lower() in VIDEO_SUFFIXES
+
+    def frames(self) -> NDArray[np.uint8]:
+        """[F, H, W, 3]: all frames of a clip.
+
+        Raises:
+            ValueError: missing, or no video that can be read; the message begins with `image`.
+        """
+        return np.stack([np.asarray(frame) for frame in self.source.clip(self.image, None, None)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,25 @@
-"""Pictures as files: one, or a folder of them with captions in .txt files beside them."""
+"""Pictures and videos as files: one, or a folder of them with captions in .txt files beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffalign.data.readers import SUFFIXES
 from diffalign.data.records import BrokenRow, MediaSource
 from diffalign.manifests.entry import IMAGE_SUFFIXES, Listed
 
 
 def read_folder(folder: Path) -> Iterator[Listed | BrokenRow]:
-    """The pictures of a folder by name; the caption of a.png is a.txt. Hidden files and folders inside are passed over.
+    """The pictures and videos of a folder by name; the caption of a.png is a.txt.
+
+    Hidden files and folders inside are passed over.
 
     Raises:
         ValueError: no picture in it.
     """
     files = [file for file in sorted(folder.iterdir())
-             if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()]  # fmt: skip
+             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()]  # fmt: skip
     if not files:
         raise ValueError(
             f"{folder}: no picture there; expected files that end in {', '.join(IMAGE_SUFFIXES)}, a metadata.jsonl, or "

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from diffalign.answers import Unreached
 from diffalign.manifests import Entry
 from diffalign.rewards.base import Explains, Weighted
+from diffalign.rewards.clips import Shown, together
 from diffalign.rewards.preprocess import check_depth
 
 NO_REASON = "the reward gives no reason"
@@ -68,9 +69,11 @@ def batches(prompts: Sequence[str], size: int, whole_groups: bool) -> list[list[
     return packed
 
 
-def opened(entry: Entry) -> Image.Image | str:
-    """The picture, or why it cannot be scored."""
+def opened(entry: Entry) -> Shown | str:
+    """The picture or clip, or why it cannot be scored."""
     try:
+        if entry.clip:
+            return torch.from_numpy(entry.frames()).permute(0, 3, 1, 2).contiguous()
         picture = entry.open()
         check_depth(picture)
     except ValueError as error:
@@ -79,7 +82,7 @@ def opened(entry: Entry) -> Image.Image | str:
 
 
 def score_batch(
-    rewards: Weighted, entries: Sequence[Entry], pictures: Sequence[Image.Image | str] | None = None
+    rewards: Weighted, entries: Sequence[Entry], pictures: Sequence[Shown | str] | None = None
 ) -> list[Outcome]:
     """One outcome per entry. A picture that is broken, or that a reward refuses, takes no other one with it.
 
@@ -92,18 +95,24 @@ def score_batch(
     """
     found = [opened(entry) for entry in entries] if pictures is None else pictures
     outcomes = [Outcome(None, broken=picture) if isinstance(picture, str) else None for picture in found]
-    whole = [(index, picture) for index, picture in enumerate(found) if not isinstance(picture, str)]
-    if whole:
+    alike: dict[torch.Size | None, list[tuple[int, Shown]]] = defaultdict(list)  # what one tensor, or list, can hold
+    for index, picture in enumerate(found):
+        if not isinstance(picture, str):
+            alike[picture.shape if isinstance(picture, Tensor) else None].append((index, picture))
+    if rewards.card.compares and len(alike) > 1:
+        got = " and ".join("pictures" if size is None else f"clips {list(size)}" for size in alike)
+        raise ValueError(f"rewards that compare need clips of one size and length, or pictures alone, got {got}")
+    for whole in alike.values():
         prompts = [entries[index].prompt for index, _ in whole]
         for (index, _), outcome in zip(whole, _scored(rewards, [p for _, p in whole], prompts), strict=True):
             outcomes[index] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _scored(rewards: Weighted, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Outcome]:
+def _scored(rewards: Weighted, pictures: Sequence[Shown], prompts: Sequence[str]) -> list[Outcome]:
     try:
         with torch.no_grad():
-            rewards(pictures, prompts)
+            rewards(together(pictures), prompts)
     except Unreached:
         raise
     except ValueError as error:
@@ -115,7 +124,7 @@ def _scored(rewards: Weighted, pictures: Sequence[Image.Image], prompts: Sequenc
 
 
 def _one_by_one(
-    rewards: Weighted, pictures: Sequence[Image.Image], prompts: Sequence[str], error: ValueError
+    rewards: Weighted, pictures: Sequence[Shown], prompts: Sequence[str], error: ValueError
 ) -> list[Outcome]:
     """A reward refuses something in the batch: each picture alone (each group, if rewards compare) finds out what."""
     units = batches(prompts, 1, rewards.card.compares)

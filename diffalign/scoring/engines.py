@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 from diffalign.fitting import Fitted
 from diffalign.manifests import Entry
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Weighted
+from diffalign.rewards.clips import Shown
 from diffalign.scoring.batch import Outcome, opened, score_batch
 
 ENGINES: dict[str, str] = {
@@ -68,7 +68,7 @@ def load_job(
 
 
 Found = Iterator[tuple[int, list[Outcome]]]  # number of the batch, one outcome per entry
-Opening = tuple[Entry, "Future[Image.Image | str]"]
+Opening = tuple[Entry, "Future[Shown | str]"]
 
 
 def run_here(job: Job, batches: Sequence[Sequence[Entry]]) -> Found:

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
+from diffalign.data.clips import contact_sheet
 from diffalign.data.records import BrokenRow
 from diffalign.manifests import Entry
 from diffalign.pages import figure_uri, picture_uri, write_html
@@ -76,11 +79,16 @@ def _figure(index: int, entry: Entry, row: ScoreRow, name: str, thumbnails: dict
 def thumbnail(entry: Entry) -> str:
     """A data URI; "" of a picture that has gone since it was scored."""
     try:
-        picture = entry.open().convert("RGB")
+        picture = _quarters(entry.frames()) if entry.clip else entry.open().convert("RGB")
     except ValueError:
         return ""
     picture.thumbnail((SIDE, SIDE))
     return picture_uri(picture, "JPEG", quality=85)
+
+
+def _quarters(frames: NDArray[np.uint8]) -> Image.Image:
+    """Four frames of a clip, two in a row."""
+    return contact_sheet(frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)], columns=2)
 
 
 def _histogram(scores: Sequence[float], unit: str) -> str:
