@@ -20,6 +20,7 @@ from diffalign.cli_options import (
     Device,
     Engine,
     FittingBatchSize,
+    Fps,
     Guidance,
     Height,
     Images,
@@ -119,7 +120,7 @@ def generate(
     height: Height = None,
     width: Width = None,
     num_frames: NumFrames = None,
-    fps: Annotated[float, typer.Option(help="Frames a second that clips are played at.")] = 16.0,
+    fps: Fps = 16.0,
     max_sequence_length: MaxSequenceLength = None,
     device: Device = None,
     attention: Attention = "auto",
@@ -127,12 +128,12 @@ def generate(
 ) -> None:
     """Draw pictures or clips of prompts."""
     with working():
-        from diffalign import arguments, drawing
+        from diffalign import arguments, drawing, generation
 
         rows = arguments.read_prompt_options(prompt or [], prompts)
         sampling = drawing.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
         place, told = arguments.default_device(device), drawing.Told(user_adapter, user)
-        canvas = drawing.Canvas(height, width, num_frames, fps)
+        canvas = generation.Canvas(height, width, num_frames, fps)
         result = drawing.draw_pictures(model, lora, rows, num_images, sampling, out, place, attention, told, canvas)
     show(result, as_json)
 
@@ -198,6 +199,10 @@ def evaluate(
     steps: Steps = 20,
     guidance_scale: Guidance = 7.5,
     batch_size: BatchSize = 16,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    fps: Fps = 16.0,
     out: Annotated[Path | None, typer.Option(help="A new or empty folder for pictures and evaluation.json.")] = None,
     max_sequence_length: MaxSequenceLength = None,
     device: Device = None,
@@ -206,14 +211,16 @@ def evaluate(
 ) -> None:
     """Compare a model with the same model under a LoRA: mean rewards, gains and win rates with intervals."""
     with working():
-        from diffalign import arguments, commands, drawing
+        from diffalign import arguments, commands, drawing, generation
 
         place = arguments.default_device(device)
         rows = arguments.read_prompt_options(prompt or [], prompts)
         rewards = arguments.read_rewards(reward or [], weights or [], settings or [], place)
         sampling = drawing.Sampling(steps, guidance_scale, seed, batch_size, lora_scale, max_sequence_length)
         told = drawing.Told(user_adapter, user)
-        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told)
+        canvas = generation.Canvas(height, width, num_frames, fps)
+        result = commands.compare_models(model, lora, rows, rewards, seeds, sampling, out, place, attention, told,
+                                         canvas)  # fmt: skip
     show(result, as_json)
 
 

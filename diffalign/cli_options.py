@@ -25,6 +25,7 @@ MaxSequenceLength = Annotated[
 ]
 Height = Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")]
 Width = Annotated[int | None, typer.Option(help="In pixels; the model's own if not given.")]
+Fps = Annotated[float, typer.Option(help="Frames a second that clips are played at.")]
 NumFrames = Annotated[int | None, typer.Option("--num-frames", help="Of clips; leave out for pictures.")]
 Prompts = Annotated[str | None, typer.Option(help="A .txt or .jsonl file of prompts, or shapes-heldout, which ships.")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; as often as you like.")]

@@ -20,6 +20,7 @@ from diffalign.data.check import check
 from diffalign.drawing import NOBODY, Sampling, Told
 from diffalign.estimate import CARDS, estimate
 from diffalign.evaluation import evaluate
+from diffalign.generation import OWN_SIZE, Canvas
 from diffalign.memory import smaller
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
@@ -120,6 +121,7 @@ def fill_cache(config: str, overrides: Sequence[str]) -> Result:
 def compare_models(
     model: str, lora: str | None, prompts: Sequence[Prompt], rewards: Weighted, seeds: int,
     sampling: Sampling, out: Path | None, device: str, attention: str, told: Told = NOBODY,
+    canvas: Canvas = OWN_SIZE,
 ) -> Result:  # fmt: skip
     """Base against LoRA or user adapter, or both, on the same prompts and seeds; without either the base alone."""
     user = told.tokens()
@@ -138,6 +140,7 @@ def compare_models(
             guidance_scale=sampling.guidance_scale,
             batch_size=sampling.batch_size,
             seed=sampling.seed,
+            canvas=canvas,
             out=out,
             progress=advance,
         )

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from diffalign.console import Result, progress_bar
-from diffalign.data.clips import contact_sheet, write_clip
-from diffalign.generation import generate
-from diffalign.pages import write_html
+from diffalign.generation import OWN_SIZE, PAGE, Canvas, Player, generate, save, write_players
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
 from diffalign.pipelines.lora import load_lora
@@ -25,8 +22,6 @@ from diffalign.users import load_user
 from diffalign.writing import write_text
 
 LISTING = "generations.jsonl"  # image (or video), prompt and seed per line
-SHEETS = "sheets"  # folder of the clips' frames side by side
-SHEET = 9  # frames on a sheet
 
 
 @dataclass(frozen=True)
@@ -39,20 +34,6 @@ class Sampling:
     batch_size: int
     lora_scale: float = 1.0
     max_sequence_length: int | None = None
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """What is drawn on; None is the model's own. `frames` are of clips, which are shown at `fps`."""
-
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    fps: float = 16.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= 240:
-            raise ValueError(f"--fps: expected frames a second above 0 and at most 240, got {self.fps}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ def draw_pictures(
     device: str,
     attention: str,
     told: Told = NOBODY,
-    canvas: Canvas = Canvas(),
+    canvas: Canvas = OWN_SIZE,
 ) -> Result:
     """Pictures 00000.png ... or clips 00000.mp4 ... in a new or empty folder, with a list of prompts and seeds.
 
@@ -101,7 +82,7 @@ def draw_pictures(
         raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
     user = told.tokens()
     pipe = load_pipeline(model, device=device, attention=attention, max_sequence_length=sampling.max_sequence_length)
-    pipe.latent_shape(canvas.height, canvas.width, canvas.frames)
+    canvas.latent_shape(pipe)
     if lora:
         load_lora(pipe, lora, scale=sampling.lora_scale)
     if told.adapter:
@@ -122,31 +103,17 @@ def draw_pictures(
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 batch_size=len(some),
-                height=canvas.height,
-                width=canvas.width,
-                frames=canvas.frames,
+                canvas=canvas,
                 user=user,
             )
-            save(pixels, [out / row[kind] for row in some], canvas.fps)
+            save(as_shown(pixels), [out / row[kind] for row in some], canvas.fps)
             advance(len(some))
     write_text(out / LISTING, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     found = {"folder": str(out), f"{kind}s": rows}
     if not pipe.clips:
         return Result(found, f"{len(rows)} pictures in {out}, listed in {out / LISTING}")
-    groups = [{"prompt": prompt.text, "clips": rows[i * images_each : (i + 1) * images_each]}
-              for i, prompt in enumerate(prompts)]  # fmt: skip
-    write_html(out / "index.html", "clips.html.j2", model=model, lora=lora or "", groups=groups)
-    return Result(found, f"{len(rows)} clips in {out}, listed in {out / LISTING}; look at {out / 'index.html'}")
-
-
-def save(pixels: Tensor, files: Sequence[Path], fps: float) -> None:
-    """Pictures [B, 3, H, W] in [0, 1], or clips [B, F, 3, H, W] with their sheets, as files."""
-    for shown, file in zip(as_shown(pixels), files, strict=True):
-        if not isinstance(shown, Tensor):
-            shown.save(file)
-            continue
-        frames = shown.permute(0, 2, 3, 1).numpy()
-        write_clip(frames, file, fps)
-        (file.parent / SHEETS).mkdir(exist_ok=True)
-        taken = np.linspace(0, len(frames) - 1, min(SHEET, len(frames))).round().astype(int)
-        contact_sheet(frames[taken], columns=SHEET).save(file.parent / SHEETS / f"{file.stem}.png")
+    players = [Player(row["video"], f"seed {row['seed']}") for row in rows]
+    groups = [(prompt.text, players[i * images_each : (i + 1) * images_each]) for i, prompt in enumerate(prompts)]
+    title = f"Clips of {model}" + (f" with {lora}" if lora else "")
+    write_players(out / PAGE, title, groups)
+    return Result(found, f"{len(rows)} clips in {out}, listed in {out / LISTING}; look at {out / PAGE}")

@@ -19,13 +19,13 @@ from PIL import Image
 from diffalign.data.images import open_as_stored
 from diffalign.fitting import Fitted, batch_size_for, side_of
 from diffalign.gains import Scores, summary
-from diffalign.generation import generate
+from diffalign.generation import OWN_SIZE, PAGE, Canvas, Player, generate, save, write_players
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
 from diffalign.pipelines.user_adapter import load_user_adapter, remove_user_adapter
 from diffalign.prompts import Prompt
-from diffalign.rewards.base import Reward, Weighted, each_prompt
-from diffalign.rewards.preprocess import to_pictures
+from diffalign.rewards.base import Images, Reward, Weighted, each_prompt
+from diffalign.rewards.preprocess import as_shown
 from diffalign.scoring.batch import batches
 from diffalign.writing import replacing_folder, write_json
 
@@ -56,6 +56,7 @@ def evaluate(
     guidance_scale: float = 7.5,
     batch_size: int = 16,
     seed: int = 0,
+    canvas: Canvas = OWN_SIZE,
     out: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -73,8 +74,10 @@ def evaluate(
         user_adapter, user: file or folder of a user adapter, and the tokens [N, D] of whom the aligned side draws for;
             alone or beside a LoRA.
         seed: draw s of prompt i has the seed `seed + i * seeds_per_prompt + s`.
-        out: folder for evaluation.json and the pictures (base/00000.png, aligned/00000.png, in the order of the draws),
-            written in one piece at the end; it must be new or empty.
+        canvas: the size of pictures or clips; the model's own if not given.
+        out: folder for evaluation.json and the pictures (base/00000.png, aligned/00000.png, in the order of the draws;
+            clips are .mp4, and index.html plays them side by side), written in one piece at the end; it must be new or
+            empty.
         progress: told of finished draws.
 
     Raises:
@@ -92,8 +95,8 @@ def evaluate(
             some = [draws[index] for index in batch]
             for side, off in _sides(pipe, aligned=lora is not None or user is not None):
                 with off:
-                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size, user)
-                _save_pictures(pictures, folder, side, batch)
+                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size, canvas, user)
+                _save(pictures, folder, side, batch, canvas.fps)
                 _enter(scores[side], batch, _score(rewards, pictures, [texts[index] for index in batch]))
             if progress:
                 progress(len(some))
@@ -112,6 +115,8 @@ def evaluate(
         report = settings | summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
         if folder:
             write_json(folder / REPORT, report, allow_nan=False)
+            if pipe.clips:
+                write_players(folder / PAGE, f"{pipe.name}, {lora or 'alone'}", _players(draws, folder))
     return report
 
 
@@ -213,9 +218,9 @@ def _sides(pipe: LatentPipeline, aligned: bool) -> list[tuple[str, contextlib.Ab
 
 
 def _pictures(
-    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int,
+    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int, canvas: Canvas,
     user: torch.Tensor | None,
-) -> list[Image.Image]:  # fmt: skip
+) -> Images:  # fmt: skip
     pixels = generate(
         pipe,
         [draw.prompt.text for draw in draws],
@@ -223,12 +228,13 @@ def _pictures(
         steps=steps,
         guidance_scale=guidance_scale,
         batch_size=batch_size,
+        canvas=canvas,
         user=user,
     )
-    return to_pictures(pixels)
+    return as_shown(pixels)
 
 
-def _score(rewards: Reward, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Scores:
+def _score(rewards: Reward, pictures: Images, prompts: Sequence[str]) -> Scores:
     total = rewards(pictures, prompts).tolist()
     if not isinstance(rewards, Weighted):
         return {rewards.name: total}
@@ -259,9 +265,15 @@ def _new_folder(out: str | Path | None) -> Iterator[Path | None]:
         yield partial
 
 
-def _save_pictures(pictures: Sequence[Image.Image], folder: Path | None, side: str, numbers: Sequence[int]) -> None:
+def _save(pictures: Images, folder: Path | None, side: str, numbers: Sequence[int], fps: float) -> None:
     if folder is None:
         return
     (folder / side).mkdir(exist_ok=True)
-    for number, picture in zip(numbers, pictures, strict=True):
-        picture.save(folder / side / f"{number:05d}.png")
+    suffix = "mp4" if isinstance(pictures, torch.Tensor) else "png"
+    save(pictures, [folder / side / f"{number:05d}.{suffix}" for number in numbers], fps)
+
+
+def _players(draws: Sequence[Draw], folder: Path) -> list[tuple[str, list[Player]]]:
+    sides = [side for side in ("base", "aligned") if (folder / side).is_dir()]
+    return [(draw.prompt.text, [Player(f"{side}/{number:05d}.mp4", f"seed {draw.seed}") for side in sides])
+            for number, draw in enumerate(draws)]  # fmt: skip

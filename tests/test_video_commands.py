@@ -18,8 +18,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from diffalign import drawing
 from diffalign.cli import main
 from diffalign.data.clips import write_clip
-from diffalign.generation import generate
+from diffalign.generation import Canvas, generate
 from diffalign.pipelines import load_pipeline
+from diffalign.pipelines.lora import attach_lora, save_lora
 from diffalign.shapes.clips import render_clip
 from diffalign.shapes.motion import parse_moving
 
@@ -51,7 +52,7 @@ def test_generate_writes_clips_with_sheets_and_a_page(tmp_path: Path, capsys: py
     assert told["videos"] == listed and [row["seed"] for row in listed] == [7, 8, 9, 10]
     assert [row["prompt"] for row in listed] == [LEFT, LEFT, STILL, STILL]
     pipe = load_pipeline(wan(), max_sequence_length=32)
-    clips = generate(pipe, [LEFT], seeds=[8], steps=2, height=32, width=32, frames=5)
+    clips = generate(pipe, [LEFT], seeds=[8], steps=2, canvas=Canvas(32, 32, 5))
     assert clips.shape == (1, 5, 3, 32, 32)
     sheet = torch.from_numpy(np.array(Image.open(out / "sheets" / "00001.png"))).view(32, 5, 32, 3)
     expected = (clips[0] * 255).round().byte().permute(2, 0, 3, 1)
@@ -66,7 +67,7 @@ def test_generate_writes_clips_with_sheets_and_a_page(tmp_path: Path, capsys: py
         (stable_diffusion, ("--num-frames", "5"), "draws pictures: expected no number of frames, got 5"),
         (wan, ("--num-frames", "6"), "of the form 4 n + 1, got 6; the nearest is"),
         (wan, ("--num-frames", "5", "--height", "33"), "multiples of 16"),
-        (wan, ("--num-frames", "5", "--fps", "0"), "--fps: expected frames a second above 0 and at most 240, got 0"),
+        (wan, ("--num-frames", "5", "--fps", "0"), "fps: expected frames a second above 0 and at most 240, got 0"),
     ],
 )
 def test_a_canvas_that_cannot_be_is_refused(
@@ -74,6 +75,20 @@ def test_a_canvas_that_cannot_be_is_refused(
 ) -> None:
     assert call("generate", "--model", model(), "--prompt", LEFT, "--out", tmp_path / "x", *words) == 2
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "x").exists()
+
+
+def test_base_and_lora_are_compared_on_clips_and_played_side_by_side(tmp_path: Path) -> None:
+    pipe = load_pipeline(wan(), max_sequence_length=32)
+    for parameter in attach_lora(pipe, rank=2):
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    save_lora(pipe, tmp_path / "lora")
+    assert call("evaluate", "--model", wan(), "--lora", tmp_path / "lora", "--prompt", LEFT, "--prompt", STILL,
+                "--reward", "jpeg", "--out", tmp_path / "out", *SIZE) == 0  # fmt: skip
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["rewards"]["jpeg"]["gain"] != 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    for file in ("base/00000.mp4", "aligned/00000.mp4", "base/00001.mp4", "aligned/sheets/00001.png"):
+        assert file in page and (tmp_path / "out" / file).exists()
 
 
 def test_clips_are_scored_and_become_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,8 @@ def optimize_noise(
     """
     begun = time.perf_counter()
     model, texts = as_pipeline(pipe), checked_prompts(prompts)
+    if model.clips:
+        raise ValueError(f"{model.name} draws clips: noise is optimized for models of pictures alone")
     seeds = checked_seeds(seed, len(texts))
     given = {} if steps is None else {"steps": steps}
     search: Search = build(NOISE_METHODS, {"name": method, **given, **options}, what="optimize_noise")
