@@ -15,9 +15,10 @@ from diffalign.manifests import Entry, read_manifest
 from diffalign.prompts import Prompt, read_prompts
 from diffalign.rewards import REWARDS, load_rewards
 from diffalign.rewards.base import Weighted
+from diffalign.rewards.pairwise import PREFERENCES, Preference
 from diffalign.scoring.engines import Job, load_job
 from diffalign.strict_yaml import apply_override
-from diffalign.table import coerce
+from diffalign.table import build, coerce
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,30 @@ def read_sections(named: Sequence[str], weights: Sequence[str], settings: Sequen
         ]:
             raise ValueError(f"--set {item}: {extra[0]!r} is not among the rewards asked for: {', '.join(named)}")
     return sections
+
+
+def read_preference(
+    section: str | None, named: Sequence[str], weights: Sequence[str], settings: Sequence[str], margin: float,
+    device: str,
+) -> Preference:  # fmt: skip
+    """--preference as a row of `PREFERENCES` (vlm if it has no name), or the rewards of --reward as one.
+
+    Raises:
+        ValueError: both or neither, a section that is not one, or whatever the row refuses.
+    """
+    if (section is None) == (not named):
+        raise ValueError("expected --reward NAME[=WEIGHT] or --preference SECTION: one of them says what is better")
+    if section is None:
+        chosen: Any = {"name": "reward", "rewards": read_sections(named, weights, settings), "margin": margin}
+    else:
+        values: dict[str, Any] = {}
+        apply_override(values, f"preference={section}")
+        chosen = values["preference"]
+        if not isinstance(chosen, Mapping):
+            raise ValueError(f"--preference: expected a section such as {{judge: {{...}}, template: vlm-clip-pair}}, "
+                             f"got {section!r}")  # fmt: skip
+    preference: Preference = build(PREFERENCES, {"name": "vlm", **chosen}, what="preference", device=device)
+    return preference
 
 
 def read_prompt_options(texts: Sequence[str], file: str | None) -> list[Prompt]:

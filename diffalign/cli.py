@@ -42,7 +42,7 @@ from diffalign.cli_options import (
     Weights,
     Width,
 )
-from diffalign.cli_preferences import compare, judge, label
+from diffalign.cli_preferences import compare, judge, label, label_segments
 from diffalign.console import Result, guarded, show, working
 
 app = typer.Typer(
@@ -139,6 +139,40 @@ def generate(
 
 
 @app.command()
+def vary(
+    clips: Annotated[list[str], typer.Argument(help="Clips (or pictures) with prompts: a folder, or a manifest.")],
+    model: Model = "tiny-sd",
+    lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
+    level: Annotated[float, typer.Option(help="Of the noise, 0 to 1: 0.75 keeps what moves where.")] = 0.75,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of a whole walk, of which a share of `level` is taken.")] = 50,
+    guidance_scale: Guidance = 5.0,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    fps: Fps = 16.0,
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("runs/varied"),
+    max_sequence_length: MaxSequenceLength = None,
+    device: Device = None,
+    attention: Attention = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw two variants of each clip that share what moves where: structural pairs, as DenseDPO compares them."""
+    with working():
+        from diffalign import arguments, drawing, generation, structural
+
+        entries = list(arguments.read_pictures(clips, prompt or [], prompts))
+        sampling = drawing.Sampling(steps, guidance_scale, seed, 2, lora_scale, max_sequence_length)
+        canvas = generation.Canvas(height, width, num_frames, fps)
+        result = structural.vary_files(model, lora, entries, level, sampling, out, arguments.default_device(device),
+                                       attention, canvas)  # fmt: skip
+    show(result, as_json)
+
+
+@app.command()
 def score(
     pictures: Places = None,
     images: Images = None,
@@ -178,6 +212,7 @@ def score(
 
 
 app.command()(label)
+app.command("label-segments")(label_segments)
 app.command()(compare)
 app.command()(judge)
 

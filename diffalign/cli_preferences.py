@@ -64,6 +64,34 @@ def label(
     show(result, as_json)
 
 
+def label_segments(
+    pairs: Annotated[str, typer.Argument(help="Pairs of clips as .jsonl, such as vary writes.")],
+    out: Annotated[Path, typer.Option(help="The labels, a .jsonl file.")],
+    segments: Annotated[int, typer.Option(help="How many; the paper's last a second.")],
+    reward: Reward = None,
+    weights: Weights = None,
+    settings: Set = None,
+    preference: Annotated[
+        str | None,
+        typer.Option(help="Who is asked instead of rewards: '{judge: {base_url: ..., model: ...}, template: "
+                          "vlm-clip-pair}'."),
+    ] = None,
+    tie_margin: Annotated[float, typer.Option(help="Of the weighted sum of rewards: within it, a tie.")] = 0.0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Say of each stretch of two clips which is better there, with rewards or a judge: labels for densedpo."""
+    with working():
+        from diffalign import arguments
+        from diffalign.data.readers import read_jsonl
+        from diffalign.labeling import segments as labeling
+
+        asked = arguments.read_preference(preference, reward or [], weights or [], settings or [], tie_margin,
+                                          arguments.default_device(device))  # fmt: skip
+        result = labeling.label_segments(read_jsonl(pairs), asked, segments, out)
+    show(result, as_json)
+
+
 def compare(
     a: Annotated[str, typer.Argument(help="Pictures or a manifest, as for score; or a file that score wrote.")],
     b: Annotated[str, typer.Argument(help="The same; the win rate is that of B over A.")],

@@ -107,6 +107,15 @@ class LatentPipeline(ABC):
             raise ValueError(wrong_size(height, width, step, largest))
         return (config.in_channels, height // factor, width // factor)
 
+    @property
+    def pixels_a_latent(self) -> int:
+        """Side of the square of pixels that a latent's place stands for."""
+        return self._factor
+
+    def frames_of(self, frames: int | None) -> int:
+        """How many frames a clip has, the model's own number if not given; of a model that draws clips."""
+        raise ValueError(f"{self.name} draws pictures: expected no number of frames, got {frames}")
+
     def fingerprint(self, part: str) -> str:
         """Hash of the weights and settings of "vae" or "text": what cached latents and embeddings depend on."""
         if part == "vae":

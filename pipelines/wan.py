@@ -92,6 +92,9 @@ class Wan(LatentPipeline):
 
         return decode
 
+    def frames_of(self, frames: int | None) -> int:
+        return frames or FRAMES
+
     def latent_shape(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ class Wan(LatentPipeline):
         Raises:
             ValueError: a size or a number of frames that VAE or network cannot represent.
         """
-        height, width, frames = height or HEIGHT, width or WIDTH, frames or FRAMES
+        height, width, frames = height or HEIGHT, width or WIDTH, self.frames_of(frames)
         _, *patch = self.network.config.patch_size
         space, time = self._factor, self._frames_a_latent
         step = space * patch[0]
