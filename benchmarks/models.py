@@ -200,9 +200,9 @@ def example_ids(config: Config, count: int, tokens: int, generator: torch.Genera
 def pair_flops(model: Architecture, rank: int) -> float:
     """FLOPs that one pair needs: policy forward and backward and reference forward of two pictures, no recompute."""
     network = meta_network(model.network, torch.bfloat16)
-    forward = _forward_flops(network, model.resolution)
+    forward = _forward_flops(network, (model.resolution,) * 2)
     attach_meta_lora(network, rank, None)
-    x_t, call = example_call(network, model.resolution)
+    x_t, call = example_call(network, (model.resolution,) * 2)
     with counted(network) as count:
         network(x_t, **call, return_dict=False)[0].sum().backward()
     return 2 * (count.flops + forward)
@@ -222,7 +222,7 @@ def shares(model: Architecture) -> Shares:
     """Counted on the meta device."""
     meta = torch.device("meta")
     network = meta_network(model.network, torch.float32)
-    forward = _forward_flops(network, model.resolution)
+    forward = _forward_flops(network, (model.resolution,) * 2)
     encoders = build_encoders(model, meta, torch.float32)
     picture = torch.empty(1, 3, model.resolution, model.resolution, device=meta)
     vae = _counted(encoders.vae, lambda: encoders.vae.encode(picture))
@@ -231,8 +231,8 @@ def shares(model: Architecture) -> Shares:
     return Shares(sum(p.numel() for p in network.parameters()), forward, vae / forward, text / forward)
 
 
-def _forward_flops(network: Any, resolution: int) -> float:
-    x_t, call = example_call(network, resolution)
+def _forward_flops(network: Any, extent: tuple[int, ...]) -> float:
+    x_t, call = example_call(network, extent)
     return _counted(network, lambda: network(x_t, **call))
 
 

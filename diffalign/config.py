@@ -129,6 +129,16 @@ class RunConfig:
         return str(self.method["name"])
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the crop, buckets left aside."""
+        return self.height or self.resolution, self.width or self.resolution
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """`size`, of clips (height, width, frames)."""
+        return self.size if self.num_frames is None else (*self.size, self.num_frames)
+
+    @property
     def reference_name(self) -> str:
         return str(self.reference["name"])
 

@@ -28,7 +28,6 @@ from diffalign.pipelines.architectures import (
     meta_network,
     network_config,
 )
-from diffalign.pipelines.common import T5_TOKENS
 from diffalign.reference import MOVING, POOL_SIZE
 from diffalign.table import build
 from diffalign.work import work_of
@@ -90,9 +89,9 @@ def estimate(config: RunConfig, architecture: Mapping[str, Any] | None = None) -
     full = config.train == "full"
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     found = dict(architecture or network_config(config.pretrained_model_name_or_path))
-    parameters, trained, forward, step, kept = _counts(json.dumps(found), dtype, _Adapter.of(config), config.resolution,
+    parameters, trained, forward, step, kept = _counts(json.dumps(found), dtype, _Adapter.of(config), config.extent,
                                                        bool(config.gradient_checkpointing),
-                                                       config.max_sequence_length or T5_TOKENS)  # fmt: skip
+                                                       config.max_sequence_length)  # fmt: skip
     method = build(METHODS, config.method, what="method")
     compared = Need.REFERENCE in method.needs
     work = work_of(config.method_name, method)
@@ -140,16 +139,16 @@ def _counts(
     architecture: str,
     dtype: torch.dtype,
     adapter: _Adapter,
-    resolution: int,
+    extent: tuple[int, ...],
     checkpointing: bool,
-    t5_tokens: int,
+    t5_tokens: int | None,
 ) -> tuple[int, int, float, float, int]:
     """(parameters, trained ones, FLOPs of a forward pass, of one with its backward, bytes kept) of one picture."""
     network = meta_network(json.loads(architecture), dtype)
     parameters = sum(p.numel() for p in network.parameters())
-    forward = _forward(network, resolution, t5_tokens).flops
+    forward = _forward(network, extent, t5_tokens).flops
     trained = adapter.attach(network, parameters)
-    step, kept = _forward_and_backward(network, resolution, checkpointing, t5_tokens)
+    step, kept = _forward_and_backward(network, extent, checkpointing, t5_tokens)
     return parameters, trained, forward, step, kept
 
 
@@ -160,16 +159,18 @@ def _kept_sets(config: RunConfig) -> int:
     return int(config.reference.get("size", POOL_SIZE)) if config.reference_name == "pool" else 1
 
 
-def _forward(network: Any, resolution: int, t5_tokens: int) -> Count:
-    x_t, call = example_call(network, resolution, t5_tokens)
+def _forward(network: Any, extent: tuple[int, ...], t5_tokens: int | None) -> Count:
+    x_t, call = example_call(network, extent, t5_tokens)
     with counted(network) as count, torch.no_grad():
         network(x_t, **call)
     return count
 
 
-def _forward_and_backward(network: Any, resolution: int, checkpointing: bool, t5_tokens: int) -> tuple[float, int]:
-    """(FLOPs, bytes kept at the fullest moment) of one picture."""
-    x_t, call = example_call(network, resolution, t5_tokens)
+def _forward_and_backward(
+    network: Any, extent: tuple[int, ...], checkpointing: bool, t5_tokens: int | None
+) -> tuple[float, int]:
+    """(FLOPs, bytes kept at the fullest moment) of one picture or clip."""
+    x_t, call = example_call(network, extent, t5_tokens)
     with counted(network) as count:
         block = _LargestBlock(network, count)
         out = network(x_t, **call, return_dict=False)[0]

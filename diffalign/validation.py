@@ -136,7 +136,7 @@ def drawn_extent(config: RunConfig) -> tuple[int | None, ...]:
     """
     if config.num_frames is None:
         return config.height, config.width
-    return config.height or config.resolution, config.width or config.resolution, config.num_frames
+    return config.extent
 
 
 def sheet(pixels: Tensor, most: int = 8) -> Image.Image:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from peft import LoraConfig
 
 from diffalign.assets import asset
 from diffalign.pipelines import PIPELINES, locate
-from diffalign.pipelines.common import CLIP_TOKENS, T5_TOKENS
+from diffalign.pipelines.common import CLIP_TOKENS, T5_TOKENS, stock_warnings_off
 from diffalign.pipelines.user_attention import UserProjection, attach_projections, user_options
 from diffalign.table import resolve
 
@@ -30,10 +30,13 @@ KNOWN: dict[str, str] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
 }
-NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel}
+NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel,
+            "WanTransformer3DModel": WanTransformer3DModel}  # fmt: skip
 # what gradient checkpointing recomputes one at a time
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock")
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "WanTransformerBlock")
 USER_TOKENS = 16
 
 
@@ -65,7 +68,7 @@ def meta_network(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     kind = config.get("_class_name")
     if kind not in NETWORKS:
         raise ValueError(f"expected a network of class {', '.join(NETWORKS)}, got {kind}")
-    with torch.device("meta"):
+    with torch.device("meta"), stock_warnings_off():
         return NETWORKS[kind].from_config(dict(config)).to(dtype).requires_grad_(False)
 
 
@@ -81,7 +84,8 @@ def attach_meta_lora(network: Any, rank: int, targets: Sequence[str] | str | Non
         network.add_adapter(LoraConfig(r=rank, target_modules=wanted, init_lora_weights=False))
     except ValueError as error:
         raise ValueError(f"lora.targets {wanted}: no module of the network has such a name ({error})") from error
-    network.to(dtype)
+    with stock_warnings_off():  # that some norms are to stay in fp32, which shapes do not
+        network.to(dtype)
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
@@ -89,26 +93,38 @@ def attach_meta_user(network: Any, width: int) -> int:
     """Adds a user adapter for tokens of this width, as training would; returns its parameters."""
     dtype = network.dtype
     added = attach_projections(network, width, torch.Generator())
-    network.to(dtype)
+    with stock_warnings_off():  # that some norms are to stay in fp32, which shapes do not
+        network.to(dtype)
     return sum(p.numel() for p in added)
 
 
-def example_call(network: Any, resolution: int, t5_tokens: int = T5_TOKENS) -> tuple[torch.Tensor, dict[str, Any]]:
-    """x_t of one picture, and the keywords that stand for its time and prompt; nothing but shapes."""
+def example_call(
+    network: Any, extent: tuple[int, ...], t5_tokens: int | None = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """x_t of one picture or clip, and the keywords that stand for its time and prompt; nothing but shapes.
+
+    Args:
+        extent: (height, width), of a clip (height, width, frames), in pixels.
+        t5_tokens: the family's own number if not given.
+    """
     config, dtype = network.config, network.dtype
-    side = resolution // 8
+    height, width = extent[0] // 8, extent[1] // 8
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
-    x_t = empty(config.in_channels, side, side)
     common: dict[str, Any] = {"timestep": torch.empty(1, device="meta")}
+    if isinstance(network, WanTransformer3DModel):
+        frames = (extent[2] - 1) // 4 + 1 if len(extent) == 3 else 1
+        tokens = empty(t5_tokens or _family(network).t5_tokens[0], config.text_dim)
+        return empty(config.in_channels, frames, height, width), {**common, "encoder_hidden_states": tokens}
+    x_t = empty(config.in_channels, height, width)
     if user := next((module for module in network.modules() if isinstance(module, UserProjection)), None):
         attentions = "joint" if isinstance(network, SD3Transformer2DModel) else "cross"
         told = user_options({"user": empty(USER_TOKENS, user.key.in_features)}, dtype)
         common[f"{attentions}_attention_kwargs"] = told
     if isinstance(network, SD3Transformer2DModel):
-        tokens = empty(CLIP_TOKENS + t5_tokens, config.joint_attention_dim)
+        tokens = empty(CLIP_TOKENS + (t5_tokens or T5_TOKENS), config.joint_attention_dim)
         return x_t, {**common, "encoder_hidden_states": tokens,
                      "pooled_projections": empty(config.pooled_projection_dim)}  # fmt: skip
     call = {**common, "encoder_hidden_states": empty(CLIP_TOKENS, config.cross_attention_dim)}
@@ -121,5 +137,7 @@ def example_call(network: Any, resolution: int, t5_tokens: int = T5_TOKENS) -> t
 def _family(network: Any) -> Any:
     if isinstance(network, SD3Transformer2DModel):
         return resolve(PIPELINES, "StableDiffusion3Pipeline", "model family")
+    if isinstance(network, WanTransformer3DModel):
+        return resolve(PIPELINES, "WanPipeline", "model family")
     larger = network.config.addition_embed_type is not None
     return resolve(PIPELINES, "StableDiffusionXLPipeline" if larger else "StableDiffusionPipeline", "model family")

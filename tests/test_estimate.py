@@ -54,6 +54,18 @@ def test_the_true_architectures_cost_what_is_known(name: str):
     assert with_checkpointing.forward_flops == found.forward_flops
 
 
+@pytest.mark.slow
+def test_wan_costs_what_is_known() -> None:
+    """Published parameters; FLOPs of 81 frames of 480 x 832 counted apart from this code."""
+    clip = {"height": 480, "width": 832, "num_frames": 81}
+    found = estimate(config("wan2.1-1.3b", 512, **clip))
+    assert found.parameters == 1_418_996_800 and found.trained_parameters / 1e6 == pytest.approx(11.8, abs=0.05)
+    assert found.forward_flops / 1e12 == pytest.approx(283.0, rel=0.01)
+    assert found.pair_flops / 1e12 == pytest.approx(2303, rel=0.01)
+    assert network_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")["num_layers"] == 40
+    assert estimate(config("wan2.1-14b", 64, num_frames=1)).parameters == 14_288_491_584
+
+
 def test_a_fused_attention_keeps_no_scores_and_costs_what_it_recomputes():
     b, h, s, d = 2, 3, 64, 16
     qkv = [torch.empty(b, h, s, d, device="meta", requires_grad=True) for _ in range(3)]
