@@ -13,7 +13,7 @@ from diffalign.counting import counted
 from diffalign.estimate import CARDS, estimate
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
-from diffalign.pipelines.architectures import KNOWN, network_config
+from diffalign.pipelines.architectures import KNOWN, NETWORKS, network_config
 from diffalign.startup import prepare_run
 from diffalign.table import build
 from diffalign.trainer import Trainer
@@ -115,7 +115,7 @@ def test_what_is_not_known_is_named_with_what_is():
         ValueError, match=r"expected a diffusers folder, one of the architectures sd15.*stable-diffusion-xl-base"
     ):
         network_config("someone/else")
-    assert {network_config(name)["_class_name"] for name in KNOWN} == {"UNet2DConditionModel", "SD3Transformer2DModel"}
+    assert {network_config(name)["_class_name"] for name in KNOWN} == {*NETWORKS}
 
 
 WALK = {"steps": 4, "guidance": 2.0, "at_once": 4}
