@@ -19,6 +19,7 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:StableDiffusion3",
+    "CogVideoXPipeline": "diffalign.pipelines.cogvideox:CogVideoX",
     "WanPipeline": "diffalign.pipelines.wan:Wan",
 }
 UNSERVED: dict[str, str] = {  # what to do instead, where more is to be said than that a family is not there

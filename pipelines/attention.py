@@ -8,6 +8,7 @@ in the blocks that gradient checkpointing runs again, and for policy and referen
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +109,8 @@ class Routed:
 
     def __init__(self, inner: Any, backend: str) -> None:
         self.inner, self.backend = inner, backend
+        # diffusers asks the object, not its class, which keywords to pass on: rotary positions of CogVideoX among them
+        vars(self)["__call__"] = functools.partial(inner.__call__)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **options: Any

@@ -159,6 +159,19 @@ class LatentPipeline(ABC):
         return self._stock
 
 
+def latent_frames(frames: int, compression: int) -> int:
+    """Of a causal VAE: the first frame has a latent of its own, `compression` share each of the others.
+
+    Raises:
+        ValueError: a number that is not of that form.
+    """
+    if frames < 1 or (frames - 1) % compression:
+        near = max(0, round((frames - 1) / compression)) * compression + 1
+        raise ValueError(f"expected a number of frames of the form {compression} n + 1, got {frames}; the nearest is "
+                         f"{near}")  # fmt: skip
+    return (frames - 1) // compression + 1
+
+
 def wrong_size(height: int, width: int, step: int, largest: int | None) -> str:
     """What to say of a size that a model cannot take, with the nearest that it can."""
     limit = "" if largest is None else f", at most {largest}"

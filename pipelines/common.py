@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
@@ -99,7 +99,7 @@ def variance_preserving(config: dict[str, Any]) -> tuple[VariancePreserving, DDI
     return VariancePreserving(alphas, float(scheduler.final_alpha_cumprod)), scheduler
 
 
-def ddim_times(scheduler: DDIMScheduler, steps: int) -> Tensor:
+def ddim_times(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, steps: int) -> Tensor:
     """[steps + 1]: the stock scheduler's own times, then `CLEAN`.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from diffalign.pipelines.base import LatentPipeline, wrong_size
+from diffalign.pipelines.base import LatentPipeline, latent_frames, wrong_size
 from diffalign.pipelines.common import flow_times, load_stock, own_dtype, stock_warnings_off, warn_of_long_prompts
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
@@ -103,17 +103,13 @@ class Wan(LatentPipeline):
         Raises:
             ValueError: a size or a number of frames that VAE or network cannot represent.
         """
-        height, width, frames = height or HEIGHT, width or WIDTH, self.frames_of(frames)
+        height, width, space = height or HEIGHT, width or WIDTH, self._factor
         _, *patch = self.network.config.patch_size
-        space, time = self._factor, self._frames_a_latent
         step = space * patch[0]
         if height % step or width % step or min(height, width) <= 0:
             raise ValueError(wrong_size(height, width, step, None))
-        if frames < 1 or (frames - 1) % time:
-            near = max(0, round((frames - 1) / time)) * time + 1
-            raise ValueError(f"expected a number of frames of the form {time} n + 1, got {frames}; the nearest is "
-                             f"{near}")  # fmt: skip
-        return (self.network.config.in_channels, (frames - 1) // time + 1, height // space, width // space)
+        count = latent_frames(self.frames_of(frames), self._frames_a_latent)
+        return (self.network.config.in_channels, count, height // space, width // space)
 
 
 def channel_scales(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:

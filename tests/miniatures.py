@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -96,6 +101,24 @@ def wan(scheduler: str = "euler", seed: int = 0) -> Path:
     pipe = WanPipeline(tokenizer=tokenizer, text_encoder=UMT5EncoderModel(text), vae=vae, transformer=transformer,
                        scheduler=schedulers[scheduler])  # fmt: skip
     return _saved(pipe)
+
+
+@functools.cache
+def cogvideox(rotary: bool = True, scheduler: str = "ddim", seed: int = 0) -> Path:
+    """A folder of a CogVideoXPipeline, as 5B with rotary positions, as 2B without: clips of 9 frames of 32 pixels."""
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=48, num_layers=2, sample_width=4, sample_height=4, sample_frames=9,
+        use_rotary_positional_embeddings=rotary,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+                                 scaling_factor=0.7, sample_height=32, sample_width=32)  # fmt: skip
+    kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[scheduler]
+    walked = kind(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
+                  snr_shift_scale=1.0 if rotary else 3.0)  # fmt: skip
+    return _saved(CogVideoXPipeline(tokenizer=t5_tokenizer(), text_encoder=_t5(), vae=vae, transformer=transformer,
+                                    scheduler=walked))  # fmt: skip
 
 
 @functools.cache

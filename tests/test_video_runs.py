@@ -70,12 +70,12 @@ def frames_of(folder: Path, clip: np.ndarray) -> str:
     return folder.name
 
 
-def clips(folder: Path, count: int = 6) -> dict[str, Any]:
+def clips(folder: Path, count: int = 6, frames: int = FRAMES) -> dict[str, Any]:
     """Lists of three with shares for scores and a second caption, and pairs with segments: every view finds its own."""
     lines = []
     for i in range(count):
         caption = CAPTIONS[i % 4]
-        names = [frames_of(folder / f"{i}-{j}", clip(CAPTIONS[(i + j) % 4], 3 * i + j)) for j in range(3)]
+        names = [frames_of(folder / f"{i}-{j}", clip(CAPTIONS[(i + j) % 4], 3 * i + j, frames)) for j in range(3)]
         lines.append({"prompt": caption, "videos": names, "scores": [1.0, 0.5, 0.1 * i],
                       "prompt_loser": CAPTIONS[(i + 2) % 4]})  # fmt: skip
         if i < 4:

@@ -100,6 +100,8 @@ class InversionDPO:
         levels = grid(run, self.steps)
         states = self._trajectories(run, batch, levels)
         inside = levels_inside(run, levels, self.time_low, self.time_high)
+        if run.parametrization != "flow":  # whose weight is finite where nothing of the picture is left
+            inside = inside[run.process.coefficients(inside)[0] > 0]
         first = int((levels[1:] < inside[0]).sum())
         order = torch.rand(len(batch.label), len(inside), generator=run.generator).argsort(1)
         chosen = first + order[:, : self.sampled]  # [B, k]: another choice for each pair
