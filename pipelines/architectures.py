@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from peft import LoraConfig
 
 from diffalign.assets import asset
@@ -30,13 +30,17 @@ KNOWN: dict[str, str] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "zai-org/CogVideoX-2b": "cogvideox-2b",
+    "zai-org/CogVideoX-5b": "cogvideox-5b",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-1.3b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
 }
 NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel,
+            "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
             "WanTransformer3DModel": WanTransformer3DModel}  # fmt: skip
+OF_CLIPS = {"CogVideoXTransformer3DModel": "CogVideoXPipeline", "WanTransformer3DModel": "WanPipeline"}
 # what gradient checkpointing recomputes one at a time
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "WanTransformerBlock")
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "WanTransformerBlock", "CogVideoXBlock")
 USER_TOKENS = 16
 
 
@@ -114,10 +118,17 @@ def example_call(
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
     common: dict[str, Any] = {"timestep": torch.empty(1, device="meta")}
-    if isinstance(network, WanTransformer3DModel):
+    if type(network).__name__ in OF_CLIPS:
         frames = (extent[2] - 1) // 4 + 1 if len(extent) == 3 else 1
-        tokens = empty(t5_tokens or _family(network).t5_tokens[0], config.text_dim)
-        return empty(config.in_channels, frames, height, width), {**common, "encoder_hidden_states": tokens}
+        count = t5_tokens or _family(network).t5_tokens[0]
+        if isinstance(network, WanTransformer3DModel):
+            common["encoder_hidden_states"] = empty(count, config.text_dim)
+            return empty(config.in_channels, frames, height, width), common
+        common["encoder_hidden_states"] = empty(count, config.text_embed_dim)
+        places = frames * (height // config.patch_size) * (width // config.patch_size)
+        angles = torch.empty(places, config.attention_head_dim, device="meta")
+        common["image_rotary_emb"] = (angles, angles) if config.use_rotary_positional_embeddings else None
+        return empty(frames, config.in_channels, height, width), common
     x_t = empty(config.in_channels, height, width)
     if user := next((module for module in network.modules() if isinstance(module, UserProjection)), None):
         attentions = "joint" if isinstance(network, SD3Transformer2DModel) else "cross"
@@ -137,7 +148,7 @@ def example_call(
 def _family(network: Any) -> Any:
     if isinstance(network, SD3Transformer2DModel):
         return resolve(PIPELINES, "StableDiffusion3Pipeline", "model family")
-    if isinstance(network, WanTransformer3DModel):
-        return resolve(PIPELINES, "WanPipeline", "model family")
+    if (name := OF_CLIPS.get(type(network).__name__)) is not None:
+        return resolve(PIPELINES, name, "model family")
     larger = network.config.addition_embed_type is not None
     return resolve(PIPELINES, "StableDiffusionXLPipeline" if larger else "StableDiffusionPipeline", "model family")

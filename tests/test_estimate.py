@@ -63,7 +63,9 @@ def test_wan_costs_what_is_known() -> None:
     assert found.forward_flops / 1e12 == pytest.approx(283.0, rel=0.01)
     assert found.pair_flops / 1e12 == pytest.approx(2303, rel=0.01)
     assert network_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")["num_layers"] == 40
-    assert estimate(config("wan2.1-14b", 64, num_frames=1)).parameters == 14_288_491_584
+    for name, parameters in (("wan2.1-14b", 14_288_491_584), ("cogvideox-2b", 1_693_783_872),
+                             ("cogvideox-5b", 5_570_283_072)):  # fmt: skip
+        assert estimate(config(name, 64, num_frames=1)).parameters == parameters
 
 
 def test_a_fused_attention_keeps_no_scores_and_costs_what_it_recomputes():
@@ -112,7 +114,7 @@ def test_time_is_flops_over_the_printed_rate():
 
 def test_what_is_not_known_is_named_with_what_is():
     with pytest.raises(
-        ValueError, match=r"expected a diffusers folder, one of the architectures sd15.*stable-diffusion-xl-base"
+        ValueError, match=r"expected a diffusers folder, one of the architectures .*sd15.*stable-diffusion-xl-base"
     ):
         network_config("someone/else")
     assert {network_config(name)["_class_name"] for name in KNOWN} == {*NETWORKS}

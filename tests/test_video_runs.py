@@ -57,6 +57,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drtune": ({"late": 1, "trained": 2, **WALK}, LEARNED),
 }
 
+QUICK = ("dpo", "densedpo", "seppo", "d3po", "draft")
+
 
 def clip(caption: str, seed: int, frames: int = FRAMES) -> np.ndarray:
     return render_clip(parse_moving(caption), random.Random(seed), frames, 32)
@@ -121,7 +123,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "ppd"])
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in METHODS if name != "ppd"])  # fmt: skip
 def test_every_method_takes_clips_as_it_takes_pictures(name: str, place: Path, tmp_path: Path) -> None:
     result = train(config(place, tmp_path / "run", name))
     first = next(row for row in rows(result.folder) if "loss" in row)

@@ -126,6 +126,7 @@ def test_what_it_cannot_be_told_is_refused() -> None:
         CogVideoX(stock, "1.5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "densedpo", "inversion_dpo", "grpo"])
 def test_methods_train_it(name: str, tmp_path: Path) -> None:
     from test_video_runs import clips, config, rows
