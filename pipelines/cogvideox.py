@@ -12,14 +12,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline, latent_frames, wrong_size
-from diffalign.pipelines.common import (
-    ddim_times,
-    load_stock,
-    stock_warnings_off,
-    vae_decode,
-    vae_moments,
-    warn_of_long_prompts,
-)
+from diffalign.pipelines.common import ddim_times, load_stock, t5_embeds, vae_decode, vae_moments
 from diffalign.process import VariancePreserving
 from diffalign.sampling import Condition
 
@@ -69,13 +62,7 @@ class CogVideoX(LatentPipeline):
         super().set_max_sequence_length(tokens)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        stock = self.stock
-        warn_of_long_prompts(stock.tokenizer, prompts, self.max_sequence_length)
-        with stock_warnings_off():
-            embeds, _ = stock.encode_prompt(list(prompts), do_classifier_free_guidance=False,
-                                            device=stock.text_encoder.device,
-                                            max_sequence_length=self.max_sequence_length)  # fmt: skip
-        return {"prompt_embeds": embeds.float()}
+        return {"prompt_embeds": t5_embeds(self.stock, prompts, self.max_sequence_length)}
 
     def times(self, steps: int) -> Tensor:
         return ddim_times(self._scheduler, steps)

@@ -105,11 +105,15 @@ def ddim_times(scheduler: DDIMScheduler | CogVideoXDDIMScheduler, steps: int) ->
     Raises:
         ValueError: more steps than the model has training times, or fewer than one.
     """
+    _set_timesteps(scheduler, steps)
+    return torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
+
+
+def _set_timesteps(scheduler: Any, steps: int) -> None:
     total = scheduler.config.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"expected 1 to {total} sampling steps, got {steps}")
     scheduler.set_timesteps(steps)
-    return torch.cat([scheduler.timesteps.float(), torch.tensor([CLEAN])])
 
 
 def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> Tensor:
@@ -118,10 +122,7 @@ def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> Tensor
     Raises:
         ValueError: more steps than the model has training times, or fewer than one.
     """
-    total = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise ValueError(f"expected 1 to {total} sampling steps, got {steps}")
-    scheduler.set_timesteps(steps)
+    _set_timesteps(scheduler, steps)
     return scheduler.sigmas.float().cpu()
 
 
@@ -131,6 +132,15 @@ def warn_of_long_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> 
     if long := [text for text, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]:
         log.warning("%d of %d prompts are longer than the text encoder reads (%d tokens) and are cut, such as %r",
                     len(long), len(prompts), limit, long[0][:80])  # fmt: skip
+
+
+def t5_embeds(stock: Any, prompts: Sequence[str], tokens: int) -> Tensor:
+    """fp32 [B, tokens, width], as a stock pipeline encodes prompts whose only text encoder is a T5."""
+    warn_of_long_prompts(stock.tokenizer, prompts, tokens)
+    with stock_warnings_off():
+        embeds, _ = stock.encode_prompt(list(prompts), do_classifier_free_guidance=False,
+                                        device=stock.text_encoder.device, max_sequence_length=tokens)  # fmt: skip
+    return embeds.float()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline, latent_frames, wrong_size
-from diffalign.pipelines.common import flow_times, load_stock, own_dtype, stock_warnings_off, warn_of_long_prompts
+from diffalign.pipelines.common import flow_times, load_stock, own_dtype, t5_embeds
 from diffalign.process import RectifiedFlow
 from diffalign.sampling import Condition
 
@@ -51,13 +51,7 @@ class Wan(LatentPipeline):
         return cls(stock.to(device), folder)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        stock = self.stock
-        warn_of_long_prompts(stock.tokenizer, prompts, self.max_sequence_length)
-        with stock_warnings_off():
-            embeds, _ = stock.encode_prompt(list(prompts), do_classifier_free_guidance=False,
-                                            device=stock.text_encoder.device,
-                                            max_sequence_length=self.max_sequence_length)  # fmt: skip
-        return {"prompt_embeds": embeds.float()}
+        return {"prompt_embeds": t5_embeds(self.stock, prompts, self.max_sequence_length)}
 
     def times(self, steps: int) -> Tensor:
         return flow_times(self._scheduler, steps)
