@@ -113,6 +113,7 @@ class RunConfig:
     logging_steps: int = 10
     validation_steps: int | None = None  # None: only before the first and after the last step
     early_stopping_patience: int | None = None  # stop after so many validations without a better held-out accuracy
+    decoded_latents: int | None = None  # of a clip, from the first, that rewards with a gradient see; None: all
     reward_timeout: float | None = None  # seconds after which pictures count as without a score; null waits
     reward_retries: int = 2  # further attempts at a reward that raises an error
     validation_batch_size: int = 16
@@ -268,11 +269,12 @@ def _check_ranges(config: RunConfig) -> None:
             raise ValueError(f"{key}: expected a number from 0 to 2^32 - 1, got {getattr(config, key)!r}")
     if config.memory_gb is not None and config.memory_gb <= 0:
         raise ValueError(f"memory_gb: expected a number above 0, or null for what is free, got {config.memory_gb!r}")
-    for key in ("height", "width", "num_frames", "fps"):
+    for key in ("height", "width", "num_frames", "fps", "decoded_latents"):
         if getattr(config, key) is not None and not 0 < getattr(config, key) < math.inf:
             raise ValueError(f"{key}: expected a number above 0, or null, got {getattr(config, key)!r}")
-    if config.fps is not None and config.num_frames is None:
-        raise ValueError("fps is of clips: set num_frames too, or leave it out")
+    for key in ("fps", "decoded_latents"):
+        if getattr(config, key) is not None and config.num_frames is None:
+            raise ValueError(f"{key} is of clips: set num_frames too, or leave it out")
     for key in ("checkpoints_total_limit", "validation_steps", "early_stopping_patience"):
         if getattr(config, key) is not None and getattr(config, key) < 1:
             raise ValueError(f"{key}: expected a number of at least 1, or null for none, got {getattr(config, key)!r}")

@@ -163,7 +163,7 @@ def scorer(
 ) -> tuple[Score, RewardGradient]:
     """(the run's rewards of latents, asked in a thread of their own; the same with a gradient). Keeps the VAE alive."""
     rewards, decode = load_rewards(config.rewards, device=device), pipe.decoder()
-    weights = rewards.weights
+    weights, few = rewards.weights, config.decoded_latents
     if Need.REWARD_GRADIENT in method.needs and not rewards.card.differentiable:
         black_box = [name for name, one in rewards.rewards.items() if weights[name] and not one.card.differentiable]
         raise ValueError(f"method {config.method_name!r} needs rewards with a gradient, and {', '.join(black_box)} has "
@@ -192,7 +192,8 @@ def scorer(
             for start in range(0, len(latents), config.validation_batch_size):
                 rows = slice(start, start + config.validation_batch_size)
                 leaf = latents[rows].detach().float().requires_grad_()
-                pixels = recompute(decode, leaf, use_reentrant=False).clamp(0, 1)
+                shown = leaf if few is None else leaf[:, :, :few]  # of a causal VAE, whose first frames need no others
+                pixels = recompute(decode, shown, use_reentrant=False).clamp(0, 1)
                 total = rewards(pixels, list(prompts)[rows])
                 slopes.append(torch.autograd.grad(total.sum(), leaf)[0])
                 found.append(scores_of({name: term.float() for name, term in rewards.terms.items()}, weights))

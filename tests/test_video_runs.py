@@ -24,6 +24,7 @@ from diffalign.data.views import view_of
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import WEIGHTS_NAME
+from diffalign.rewards import load_rewards
 from diffalign.shapes.clips import render_clip
 from diffalign.shapes.motion import parse_moving
 from diffalign.startup import prepare_run
@@ -137,6 +138,24 @@ def test_users_are_not_told_to_clips_yet(place: Path, tmp_path: Path) -> None:
         prepare_run(config(place, tmp_path / "run", "ppd"), [])
 
 
+def test_a_rewards_gradient_reaches_the_latents_that_are_decoded(place: Path, tmp_path: Path) -> None:
+    latents = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for few in (None, 1):
+        prepared = prepare_run(config(place, tmp_path / str(few), "alignprop", decoded_latents=few), [])
+        found[few] = prepared.reward_gradient(latents, CAPTIONS[:2])
+    (all_scores, whole), (scores, part) = found[None], found[1]
+    assert (whole.flatten(3).norm(dim=(1, 3)) > 0).all()
+    assert part[:, :, 1].count_nonzero() == 0 and (part[:, :, 0].flatten(1).norm(dim=1) > 0).all()
+    pipe, reward = load_pipeline(wan()), load_rewards({"tiny-clip": 1.0})
+    first = latents.clone().requires_grad_()
+    expected = reward(pipe.decode(first)[:, :1].clamp(0, 1), CAPTIONS[:2])  # a causal VAE's first frame, of all five
+    torch.testing.assert_close(scores.total, expected.detach(), atol=1e-4, rtol=0)
+    (slope,) = torch.autograd.grad(expected.sum(), first)
+    torch.testing.assert_close(part, slope, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(all_scores.total, scores.total)
+
+
 @pytest.mark.slow
 def test_a_run_on_clips_goes_on_where_it_was_stopped_and_shows_what_it_draws(place: Path, tmp_path: Path) -> None:
     more = {"validation_prompts": CAPTIONS[:2], "num_inference_steps": 2, "rewards": {"moving-shapes": 1.0}}
@@ -242,6 +261,7 @@ def test_what_a_clip_is_seen_as_is_part_of_its_key(place: Path, tmp_path: Path) 
         (wan, {"height": 40}, "multiples of 16, got 40 x 32"),
         (wan, {"num_frames": 0}, "num_frames: expected a number above 0"),
         (wan, {"num_frames": None, "fps": 8}, "fps is of clips: set num_frames too"),
+        (stable_diffusion, {"num_frames": None, "decoded_latents": 2}, "decoded_latents is of clips: set num_frames"),
     ],
 )
 def test_what_cannot_work_is_refused(
