@@ -16,6 +16,7 @@ from diffalign.pages import write_html
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.user_attention import for_nobody, with_user
 from diffalign.sampling import Condition, as_stock, ddim_stepper, draw, guided, sample
+from diffalign.writing import replacing
 
 SHEETS = "sheets"  # folder beside clips, of their frames side by side
 SHEET = 9  # frames on a sheet
@@ -123,7 +124,8 @@ def save(drawn: Sequence[Image.Image] | Tensor, files: Sequence[Path], fps: floa
             shown.save(file)
             continue
         frames = shown.permute(0, 2, 3, 1).numpy()
-        write_clip(frames, file, fps)
+        with replacing(file) as partial:
+            write_clip(frames, partial, fps)
         (file.parent / SHEETS).mkdir(exist_ok=True)
         taken = np.linspace(0, len(frames) - 1, min(SHEET, len(frames))).round().astype(int)
         contact_sheet(frames[taken], columns=SHEET).save(file.parent / SHEETS / f"{file.stem}.png")

@@ -13,14 +13,17 @@ diffusion model the level counts its times, as in SDEdit (arXiv 2108.01073).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffalign.claiming import claim_results
 from diffalign.console import Result, progress_bar
 from diffalign.data.images import resize_and_crop
 from diffalign.data.records import BrokenRow
@@ -93,50 +96,69 @@ def vary_files(
     attention: str,
     canvas: Canvas = OWN_SIZE,
 ) -> Result:
-    """Two variants of each clip (of a model of pictures each picture) in a new or empty folder, and pairs.jsonl.
+    """Two variants of each clip (of a model of pictures each picture) in a folder of its own, and pairs.jsonl.
 
     What cannot be read, or is too short, is left out, named and counted. `canvas.fps` is the rate at which clips are
-    seen, and that of the variants.
+    seen, and that of the variants. A call that was cut off goes on where it was.
 
     Raises:
-        ValueError: nothing that can be used, a folder that holds something, or what model and canvas are refused for.
+        ValueError: nothing that can be used, a folder that holds something else, or what model and canvas are refused
+            for.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty folder; it holds something already, choose another --out")
     pipe = load_pipeline(model, device=device, attention=attention, max_sequence_length=sampling.max_sequence_length)
     times_from(pipe, sampling.steps, level)
-    shape = canvas.latent_shape(pipe)
-    size = tuple(side * pipe.pixels_a_latent for side in shape[-2:])
+    canvas.latent_shape(pipe)
+    done = _done(out / PAIRS)
+    claim_results(out, {"model": model, "lora": lora, "level": level, "sampling": asdict(sampling),
+                        "canvas": asdict(canvas), "clips": _digest(entries)}, made=bool(done))  # fmt: skip
     if lora:
         load_lora(pipe, lora, scale=sampling.lora_scale)
-    kind, suffix = ("video", "mp4") if pipe.clips else ("image", "png")
     rows: list[dict[str, Any]] = []
     broken: list[BrokenRow] = []
-    with progress_bar("varying", len(entries)) as advance, preferring(attention):
+    with progress_bar("varying", len(entries)) as advance, preferring(attention), (out / PAIRS).open("a") as file:
         for number, entry in enumerate(entries):
             advance(1)
-            try:
-                pixels = _pixels(entry, (size[0], size[1]), pipe, canvas)
-            except ValueError as error:
-                where = entry.source if isinstance(entry, BrokenRow) else entry.where
-                broken.append(BrokenRow(where, str(error)))
+            if number in done:
+                rows.append(done[number])
                 continue
-            assert isinstance(entry, Entry)
-            seeds = [mix(sampling.seed, number, variant) for variant in (0, 1)]
-            with torch.no_grad():
-                mean = pipe.encode(pixels)[0].repeat_interleave(2, 0)
-            latents = vary(pipe, mean, [entry.prompt] * 2, seeds=seeds, level=level, steps=sampling.steps,
-                           guidance_scale=sampling.guidance_scale)  # fmt: skip
-            with torch.no_grad():
-                drawn = as_shown(pipe.decode(latents).clamp(0, 1).cpu())
-            out.mkdir(parents=True, exist_ok=True)
-            names = [f"{number:05d}-{variant}.{suffix}" for variant in "ab"]
-            save(drawn, [out / name for name in names], canvas.fps)
-            rows.append({"prompt": entry.prompt, f"{kind}s": names, "scores": [0, 0], "of": entry.image,
-                         "level": level, "seeds": seeds})  # fmt: skip
+            if isinstance(entry, BrokenRow):
+                broken.append(entry)
+                continue
+            try:
+                pixels = _pixels(entry, pipe, canvas)
+            except ValueError as error:
+                broken.append(BrokenRow(entry.where, str(error)))
+                continue
+            rows.append(_pair(pipe, entry, number, pixels, level, sampling, out, canvas.fps))
+            file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+            file.flush()
+    return _result(pipe, model, level, out, rows, broken)
+
+
+def _pair(
+    pipe: LatentPipeline, entry: Entry, number: int, pixels: Tensor, level: float, sampling: Sampling, out: Path,
+    fps: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Draws and saves both variants; the row of pairs.jsonl."""
+    kind, suffix = ("videos", "mp4") if pipe.clips else ("images", "png")
+    seeds = [mix(sampling.seed, number, variant) for variant in (0, 1)]
+    with torch.no_grad():
+        mean = pipe.encode(pixels)[0].repeat_interleave(2, 0)
+        latents = vary(pipe, mean, [entry.prompt] * 2, seeds=seeds, level=level, steps=sampling.steps,
+                       guidance_scale=sampling.guidance_scale)  # fmt: skip
+        drawn = as_shown(pipe.decode(latents).clamp(0, 1).cpu())
+    names = [f"{number:05d}-{variant}.{suffix}" for variant in "ab"]
+    save(drawn, [out / name for name in names], fps)
+    return {"prompt": entry.prompt, kind: names, "scores": [0, 0], "of": entry.image, "number": number, "level": level,
+            "seeds": seeds}  # fmt: skip
+
+
+def _result(
+    pipe: LatentPipeline, model: str, level: float, out: Path, rows: Sequence[dict[str, Any]],
+    broken: Sequence[BrokenRow],
+) -> Result:  # fmt: skip
     if not rows:
         raise ValueError(f"nothing to vary: {broken[0].source}: {broken[0].reason}" if broken else "nothing to vary")
-    write_text(out / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     found = {"folder": str(out), "pairs": rows, "broken": [vars(row) for row in broken]}
     text = f"{len(rows)} pairs in {out / PAIRS}"
     text += f"; {len(broken)} left out, the first {broken[0].source}: {broken[0].reason}" if broken else ""
@@ -148,12 +170,27 @@ def vary_files(
     return Result(found, text)
 
 
-def _pixels(entry: Entry | BrokenRow, size: tuple[int, int], pipe: LatentPipeline, canvas: Canvas) -> Tensor:
+def _done(file: Path) -> dict[int, dict[str, Any]]:
+    """Rows of an earlier call, by the place of their clip; what a kill left of the last one is cut off."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        write_text(file, text[: text.rfind("\n") + 1])
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return {int(row["number"]): row for row in rows}
+
+
+def _digest(entries: Sequence[Entry | BrokenRow]) -> str:
+    """Of what is varied, in order."""
+    named = [(entry.image, entry.prompt) if isinstance(entry, Entry) else entry.source for entry in entries]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+
+def _pixels(entry: Entry, pipe: LatentPipeline, canvas: Canvas) -> Tensor:
     """fp32 [1, 3, H, W] in [0, 1] of a picture, [1, F, 3, H, W] of a clip."""
-    if isinstance(entry, BrokenRow):
-        raise ValueError(entry.reason)
+    *_, height, width = (side * pipe.pixels_a_latent for side in canvas.latent_shape(pipe))
     if not pipe.clips:
-        return resize_and_crop(entry.source.decode(entry.image), size)[None].float() / 255
-    frames = pipe.frames_of(canvas.frames)
-    pictures = entry.source.clip(entry.image, frames, canvas.fps)
-    return torch.stack([resize_and_crop(picture, size) for picture in pictures])[None].float() / 255
+        return resize_and_crop(entry.source.decode(entry.image), (height, width))[None].float() / 255
+    pictures = entry.source.clip(entry.image, pipe.frames_of(canvas.frames), canvas.fps)
+    return torch.stack([resize_and_crop(picture, (height, width)) for picture in pictures])[None].float() / 255

@@ -104,7 +104,17 @@ def test_vary_writes_pairs_of_what_can_be_read(tmp_path: Path, capsys: pytest.Ca
     assert "the clip has 3 frames" in told["broken"][0]["reason"] and "short.mp4" in told["broken"][0]["source"]
     assert all((tmp_path / "out" / name).exists() for row in rows for name in row["videos"])
     assert (tmp_path / "out" / "index.html").read_text().count("<video") == 4
-    assert call(*words, "--out", tmp_path / "out") == 2 and "holds something already" in capsys.readouterr().err
+    (tmp_path / "out" / "00001-a.mp4").unlink()
+    listed = tmp_path / "out" / "pairs.jsonl"
+    before = (tmp_path / "out" / "00000-a.mp4").stat().st_mtime_ns
+    listed.write_text(listed.read_text()[:-9])  # as a kill leaves it
+    assert call(*words, "--out", tmp_path / "out") == 0
+    assert [json.loads(line) for line in listed.read_text().splitlines()] == rows
+    assert (tmp_path / "out" / "00000-a.mp4").stat().st_mtime_ns == before  # is not drawn again
+    assert (tmp_path / "out" / "00001-a.mp4").exists()
+    capsys.readouterr()
+    assert call(*words, "--out", tmp_path / "out", "--level", 0.5) == 2
+    assert "were made with another level" in " ".join(capsys.readouterr().err.split())
     assert call(*words, "--out", tmp_path / "b", "--level", 2) == 2 and not (tmp_path / "b").exists()
 
 

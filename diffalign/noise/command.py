@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from torch import Tensor
 
+from diffalign.claiming import claim_results
 from diffalign.console import Result
 from diffalign.noise.driver import Progress, optimize_noise
 from diffalign.noise.page import STRIP, Shown, write_noise_page
@@ -27,9 +28,8 @@ from diffalign.pipelines.base import LatentPipeline
 from diffalign.rewards import load_rewards
 from diffalign.rewards.base import Weighted
 from diffalign.rewards.preprocess import to_pictures
-from diffalign.writing import write_json
 
-SETTINGS, PAGE = "settings.json", "index.html"
+PAGE = "index.html"
 DTYPES = ("float32", "bfloat16", "float16")
 IN_STRIP = 12  # pictures over the iterations, at most
 
@@ -95,7 +95,7 @@ def optimize_prompts(wanted: Wanted) -> Result:
     if wanted.at_once < 1:
         raise ValueError(f"--prompts-at-once: expected at least 1, got {wanted.at_once}")
     dtype = dtype_of(wanted.dtype)
-    claim(wanted)
+    claim_results(wanted.out, wanted.settings(), made=any(wanted.out.glob(f"*/{REPORT}")))
     left = [number for number in range(len(wanted.prompts)) if not finished(wanted, number)]
     stopped = False
     if left:
@@ -177,29 +177,6 @@ def keywords(options: Sequence[str], **given: Any) -> dict[str, Any]:
             raise ValueError(f"--option {option}: has an option of its own, --{key.replace('_', '-')}")
         found[key] = {"true": True, "false": False}.get(value.lower(), value)
     return found
-
-
-def claim(wanted: Wanted) -> None:
-    """A new or empty folder becomes this call's; one of an earlier call must have had the same settings.
-
-    Raises:
-        ValueError: it holds something else, or other settings.
-    """
-    file, own = wanted.out / SETTINGS, json.loads(json.dumps(wanted.settings()))
-    taken = wanted.out.is_file() or (wanted.out.is_dir() and any(wanted.out.iterdir()))
-    if taken and not file.exists():
-        raise ValueError(f"{wanted.out}: expected a new or empty folder, or one of an earlier call; choose another "
-                         f"--out")  # fmt: skip
-    if not list(wanted.out.glob(f"*/{REPORT}")):  # nothing that was made with other settings, of a call that failed
-        write_json(file, own, indent=1)
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); choose another --out") from error
-    if before != own:
-        keys = [key for key in own if before.get(key) != own[key]]
-        raise ValueError(f"{wanted.out}: its results were made with another {', '.join(keys)}; choose another --out")
 
 
 def place(wanted: Wanted, number: int) -> Path:
