@@ -186,6 +186,10 @@ ZOO: dict[str, Small] = {
     "mps": Small(mps),
     "ocr": Small(ocr, ('a sign that says "open"', 'a "shut" door')),
     "pickscore": Small(functools.partial(clip, "pickscore")),
+    "moving-shapes": Small(
+        functools.partial(load_reward, "moving-shapes", mode="score"),
+        tuple(f"{caption} standing still" for caption in CAPTIONS),
+    ),
     "shapes": Small(functools.partial(load_reward, "shapes", mode="score"), CAPTIONS),
     "siglip": Small(siglip),
     "tiny-clip": Small(functools.partial(load_reward, "tiny-clip")),

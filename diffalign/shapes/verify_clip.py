@@ -31,20 +31,22 @@ class Half:
 
     Attributes:
         steady: share of its frames that show the scene of the caption.
+        shown: mean of what the verifier of pictures gives its frames, in [0, 1].
         travel: (dx, dy) in pixels of 64 of each thing of the caption, NaN where it is seen in fewer than two frames.
         as_said: of each thing, whether its travel is what the caption says.
         wrong: what is not as the caption says.
     """
 
     steady: float
+    shown: float
     travel: tuple[tuple[float, float], ...]
     as_said: tuple[bool, ...]
     wrong: tuple[str, ...]
 
     @property
     def score(self) -> float:
-        """Mean of the two shares: of frames that are right, and of things that go where they should."""
-        return (self.steady + float(np.mean(self.as_said))) / 2
+        """Mean of what the frames show and of the share of things that go where they should."""
+        return (self.shown + float(np.mean(self.as_said))) / 2
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _half(
     told = zip(moving.scene.things, moving.motions, travel, as_said, strict=True)
     wrong += [f"the {thing} goes {gone[0]:+.0f} right and {gone[1]:+.0f} down, which is not {_said(motion, number)}"
               for thing, motion, gone, right in told if not right]  # fmt: skip
-    return Half(steady, travel, as_said, tuple(wrong))
+    return Half(steady, float(np.mean([frame.score for frame in own])), travel, as_said, tuple(wrong))
 
 
 def travelled(places: NDArray[np.float64]) -> tuple[float, float]:

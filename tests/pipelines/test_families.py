@@ -173,7 +173,7 @@ def test_lora_file_has_the_stock_keys(folder: Make, tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == [WEIGHTS_NAME]
 
 
-@every_family
+@pytest.mark.parametrize("folder", [FAMILIES["sd"], FAMILIES["sd3"]], ids=["unet", "transformer"])
 def test_a_part_of_a_lora_is_that_with_its_second_factor_scaled(folder: Make, tmp_path: Path) -> None:
     save_lora(trained(load_pipeline(folder()), alpha=8.0), tmp_path)
     drawn = {}
