@@ -111,6 +111,8 @@ def test_clips_are_scored_and_become_preferences(tmp_path: Path, capsys: pytest.
     assert call("label", scores, "--reward", "moving-shapes", "--out", labels) == 0
     [row] = rows(labels)
     assert [Path(name).name for name in row["images"]] == ["good.mp4", "bad.mp4"] and row["scores"] == [1, 0]
+    assert call("label", scores, "--reward", "moving-shapes", "--out", tmp_path / "labels.parquet") == 2
+    assert "choose a file that ends in .jsonl" in " ".join(capsys.readouterr().err.split())
     assert call("data", "check", labels, "--num-frames", 9) == 0
     assert call("data", "check", labels, "--num-frames", 90) == 1
     assert "the clip has 9 frames, and 90 are needed" in capsys.readouterr().out

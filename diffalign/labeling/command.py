@@ -97,6 +97,9 @@ def label_pictures(places: Sequence[str], asked: Asked, wanted: Wanted) -> Resul
     if not labeled:
         raise ValueError(f"no preference to write: {_told(counts) or 'no pictures'}; expected two pictures or more of "
                          f"a prompt, with a score each")  # fmt: skip
+    if wanted.out.suffix.lower() == ".parquet" and any(entry.clip for row in labeled for entry in row.entries):
+        raise ValueError(f"--out {wanted.out}: Pick-a-Pic's columns hold pictures, and there are clips; choose a file "
+                         f"that ends in .jsonl")  # fmt: skip
     written: list[Labeled] = []
     write_labels(wanted.out, _usable(labeled, written, broken))
     counts["unusable"] = len(labeled) - len(written)
