@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def set_attention(network: torch.nn.Module, backend: str) -> None:
         if hasattr(module, "set_processor"):
             owner = module.processor if isinstance(module.processor, Decoupled) else module
             inner = owner.processor
-            owner.processor = Routed(inner.inner if isinstance(inner, Routed) else inner, backend)
+            owner.processor = routed(inner.inner if isinstance(inner, Routed) else inner, backend)
 
 
 def require(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -109,8 +110,6 @@ class Routed:
 
     def __init__(self, inner: Any, backend: str) -> None:
         self.inner, self.backend = inner, backend
-        # diffusers asks the object, not its class, which keywords to pass on: rotary positions of CogVideoX among them
-        vars(self)["__call__"] = functools.partial(inner.__call__)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **options: Any
@@ -129,6 +128,23 @@ class Routed:
         capability = torch.cuda.get_device_capability(queries.device)
         order = kernel_order(capability, attn.inner_dim // attn.heads, queries.shape[1], count)
         return contextlib.nullcontext() if order is None else sdpa_kernel(list(order), set_priority=True)
+
+
+def routed(inner: Any, backend: str) -> Routed:
+    """A processor with the chosen kernel, which diffusers passes the keywords that it would pass the inner one."""
+    kind: Any = type(inner)
+    return _with_keywords_of(kind)(inner, backend)
+
+
+@functools.cache
+def _with_keywords_of(kind: Any) -> type[Routed]:
+    """diffusers looks at the signature of a processor's call: rotary positions of CogVideoX are not given otherwise."""
+
+    def call(self: Routed, *args: Any, **options: Any) -> Any:
+        return Routed.__call__(self, *args, **options)
+
+    vars(call)["__signature__"] = inspect.signature(kind.__call__)
+    return type(f"Routed{kind.__name__}", (Routed,), {"__call__": call})
 
 
 def using(backend: str) -> Around:
