@@ -1,4 +1,4 @@
-"""The commands that say which pictures are better: `diffalign label`, `compare` and `judge`.
+"""The commands that say which pictures are better: `diffalign label`, `label-segments`, `compare` and `judge`.
 
 Registered by `diffalign.cli`.
 """
@@ -80,7 +80,10 @@ def label_segments(
     device: Device = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Say of each stretch of two clips which is better there, with rewards or a judge: labels for densedpo."""
+    """Say of each stretch of two clips which is better there, with rewards or a judge: labels for densedpo.
+
+    A run that is killed goes on where it was.
+    """
     with working():
         from diffalign import arguments
         from diffalign.data.readers import read_jsonl
@@ -88,7 +91,9 @@ def label_segments(
 
         asked = arguments.read_preference(preference, reward or [], weights or [], settings or [], tie_margin,
                                           arguments.default_device(device))  # fmt: skip
-        result = labeling.label_segments(read_jsonl(pairs), asked, segments, out)
+        made_of = {"pairs": pairs, "preference": preference, "reward": reward, "weights": weights, "set": settings,
+                       "tie_margin": tie_margin}  # fmt: skip
+        result = labeling.label_segments(read_jsonl(pairs), asked, segments, out, made_of)
     show(result, as_json)
 
 

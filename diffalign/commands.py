@@ -17,10 +17,9 @@ from diffalign.card import CONFIG, add_evaluation
 from diffalign.config import as_dict, load_config
 from diffalign.console import Result, progress_bar
 from diffalign.data.check import check
-from diffalign.drawing import NOBODY, Sampling, Told
+from diffalign.drawing import NOBODY, OWN_SIZE, Canvas, Sampling, Told
 from diffalign.estimate import CARDS, estimate
 from diffalign.evaluation import evaluate
-from diffalign.generation import OWN_SIZE, Canvas
 from diffalign.memory import smaller
 from diffalign.methods import METHODS
 from diffalign.pipelines import load_pipeline
@@ -140,7 +139,10 @@ def compare_models(
             guidance_scale=sampling.guidance_scale,
             batch_size=sampling.batch_size,
             seed=sampling.seed,
-            canvas=canvas,
+            height=canvas.height,
+            width=canvas.width,
+            num_frames=canvas.num_frames,
+            fps=canvas.fps,
             out=out,
             progress=advance,
         )

@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.console import Result, progress_bar
-from diffalign.generation import OWN_SIZE, PAGE, Canvas, Player, generate, save, write_players
+from diffalign.drawn import FPS, PAGE, Player, refuse_unplayable, save, write_players
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
+from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import load_lora
 from diffalign.pipelines.user_adapter import load_user_adapter
 from diffalign.prompts import Prompt
@@ -34,6 +36,30 @@ class Sampling:
     batch_size: int
     lora_scale: float = 1.0
     max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What the command line draws on; None is the model's own. `num_frames` are of clips, which are shown at `fps`.
+
+    Raises:
+        ValueError: an `fps` that nothing plays.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float = FPS
+
+    def __post_init__(self) -> None:
+        refuse_unplayable(self.fps)
+
+    def latent_shape(self, pipe: LatentPipeline) -> tuple[int, ...]:
+        """Of one picture or clip; raises ValueError for a size that the model cannot draw."""
+        return pipe.latent_shape(self.height, self.width, self.num_frames)
+
+
+OWN_SIZE = Canvas()
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,9 @@ def draw_pictures(
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 batch_size=len(some),
-                canvas=canvas,
+                height=canvas.height,
+                width=canvas.width,
+                num_frames=canvas.num_frames,
                 user=user,
             )
             save(as_shown(pixels), [out / row[kind] for row in some], canvas.fps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from diffalign.data.images import open_as_stored
+from diffalign.drawn import FPS, PAGE, Player, refuse_unplayable, save, write_players
 from diffalign.fitting import Fitted, batch_size_for, side_of
 from diffalign.gains import Scores, summary
-from diffalign.generation import OWN_SIZE, PAGE, Canvas, Player, generate, save, write_players
+from diffalign.generation import generate
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.lora import adapters_disabled, load_lora
 from diffalign.pipelines.user_adapter import load_user_adapter, remove_user_adapter
@@ -56,7 +57,10 @@ def evaluate(
     guidance_scale: float = 7.5,
     batch_size: int = 16,
     seed: int = 0,
-    canvas: Canvas = OWN_SIZE,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    fps: float = FPS,
     out: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -74,7 +78,8 @@ def evaluate(
         user_adapter, user: file or folder of a user adapter, and the tokens [N, D] of whom the aligned side draws for;
             alone or beside a LoRA.
         seed: draw s of prompt i has the seed `seed + i * seeds_per_prompt + s`.
-        canvas: the size of pictures or clips; the model's own if not given.
+        height, width, num_frames: of each picture or clip; the model's own where not given.
+        fps: at which clips are saved.
         out: folder for evaluation.json and the pictures (base/00000.png, aligned/00000.png, in the order of the draws;
             clips are .mp4, and index.html plays them side by side), written in one piece at the end; it must be new or
             empty.
@@ -88,6 +93,14 @@ def evaluate(
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
     if (user_adapter is None) != (user is None):
         raise ValueError("user_adapter and user go together: whom to draw for, and the adapter that knows how")
+    refuse_unplayable(fps)
+    how: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+    }
     texts = [draw.prompt.text for draw in draws]
     scores: dict[str, Scores] = defaultdict(lambda: defaultdict(lambda: [math.nan] * len(draws)))
     with _new_folder(out) as folder, _attached(pipe, lora, lora_scale), _told(pipe, user_adapter):
@@ -95,8 +108,8 @@ def evaluate(
             some = [draws[index] for index in batch]
             for side, off in _sides(pipe, aligned=lora is not None or user is not None):
                 with off:
-                    pictures = _pictures(pipe, some, steps, guidance_scale, batch_size, canvas, user)
-                _save(pictures, folder, side, batch, canvas.fps)
+                    pictures = _pictures(pipe, some, how, batch_size, user)
+                _save(pictures, folder, side, batch, fps)
                 _enter(scores[side], batch, _score(rewards, pictures, [texts[index] for index in batch]))
             if progress:
                 progress(len(some))
@@ -109,8 +122,7 @@ def evaluate(
             "seeds_per_prompt": seeds_per_prompt,
             "draws": len(draws),
             "seed": seed,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
+            **how,
         }
         report = settings | summary(scores, [draw.prompt for draw in draws], seeds_per_prompt, seed)
         if folder:
@@ -218,19 +230,10 @@ def _sides(pipe: LatentPipeline, aligned: bool) -> list[tuple[str, contextlib.Ab
 
 
 def _pictures(
-    pipe: LatentPipeline, draws: Sequence[Draw], steps: int, guidance_scale: float, batch_size: int, canvas: Canvas,
-    user: torch.Tensor | None,
-) -> Images:  # fmt: skip
-    pixels = generate(
-        pipe,
-        [draw.prompt.text for draw in draws],
-        seeds=[draw.seed for draw in draws],
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        canvas=canvas,
-        user=user,
-    )
+    pipe: LatentPipeline, draws: Sequence[Draw], how: Mapping[str, Any], batch_size: int, user: torch.Tensor | None
+) -> Images:
+    prompts, seeds = [draw.prompt.text for draw in draws], [draw.seed for draw in draws]
+    pixels = generate(pipe, prompts, seeds=seeds, batch_size=batch_size, user=user, **how)
     return as_shown(pixels)
 
 

@@ -27,8 +27,9 @@ from diffalign.claiming import claim_results
 from diffalign.console import Result, progress_bar
 from diffalign.data.images import resize_and_crop
 from diffalign.data.records import BrokenRow
-from diffalign.drawing import Sampling
-from diffalign.generation import OWN_SIZE, PAGE, Canvas, Player, sample_latents, save, write_players
+from diffalign.drawing import OWN_SIZE, Canvas, Sampling
+from diffalign.drawn import PAGE, Player, save, write_players
+from diffalign.generation import sample_latents
 from diffalign.manifests import Entry
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.attention import preferring
@@ -192,5 +193,5 @@ def _pixels(entry: Entry, pipe: LatentPipeline, canvas: Canvas) -> Tensor:
     *_, height, width = (side * pipe.pixels_a_latent for side in canvas.latent_shape(pipe))
     if not pipe.clips:
         return resize_and_crop(entry.source.decode(entry.image), (height, width))[None].float() / 255
-    pictures = entry.source.clip(entry.image, pipe.frames_of(canvas.frames), canvas.fps)
+    pictures = entry.source.clip(entry.image, pipe.frames_of(canvas.num_frames), canvas.fps)
     return torch.stack([resize_and_crop(picture, (height, width)) for picture in pictures])[None].float() / 255

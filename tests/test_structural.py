@@ -15,7 +15,9 @@ from miniatures import stable_diffusion, wan
 from PIL import Image
 from torch import Tensor
 
+from diffalign.answers import Unreached
 from diffalign.cli import main
+from diffalign.console import Result
 from diffalign.data.clips import write_clip
 from diffalign.data.examples import load_examples
 from diffalign.data.options import Framing
@@ -78,11 +80,11 @@ def test_a_variant_is_the_clip_noised_and_walked_from_there() -> None:
         vary(pipe, x0, [LEFT], seeds=[0, 1])
 
 
-def test_less_noise_stays_nearer_to_the_clip() -> None:
+def test_less_noise_stays_nearer_to_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a network that says the velocity towards its input's own mean, so that walks do not blow up."""
     pipe, g = model(), torch.Generator().manual_seed(0)
     x0 = torch.randn(4, *pipe.latent_shape(32, 32, 5), generator=g)
-    pipe.predict = lambda x_t, t, condition: x_t - x_t.mean()  # type: ignore[method-assign]
+    monkeypatch.setattr(pipe, "predict", lambda x_t, t, condition: x_t - x_t.mean())
     far = [(vary(pipe, x0, [""] * 4, seeds=range(4), level=level, steps=20) - x0).square().mean().item()
            for level in (0.2, 0.5, 0.8)]  # fmt: skip
     assert far[0] < far[1] < far[2]
@@ -156,7 +158,7 @@ def test_each_stretch_has_its_own_label_and_most_of_them_say_the_whole(tmp_path:
         pair(tmp_path, [1] * 3, [2] * 3, "s"),
     ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = label_segments(read_jsonl(str(tmp_path / "pairs.jsonl")), Lighter(), 4, tmp_path / "out.jsonl")
+    result = label_segments(read_jsonl(str(tmp_path / "pairs.jsonl")), Lighter(), 4, tmp_path / "out.jsonl", {})
     [line] = (tmp_path / "out.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert [Path(name).name for name in found.pop("videos")] == ["p0", "p1"]
@@ -169,6 +171,38 @@ def test_each_stretch_has_its_own_label_and_most_of_them_say_the_whole(tmp_path:
     section = {"name": "jsonl", "path": str(tmp_path / "out.jsonl"), "val_fraction": 0.0}
     assert load_examples(section, seen, view_of("labeled_parts")).train[0].signs == (1, -1, 0, 1)
     assert load_examples(section, seen).train[0].winner == 0  # to plain dpo the majority's pair
+
+
+def test_labels_go_on_where_they_were_cut_off_and_end_where_nobody_answers(tmp_path: Path) -> None:
+    rows = [pair(tmp_path, [9, 1], [1, 9], "p"), pair(tmp_path, [9, 9], [1, 1], "q"), pair(tmp_path, [9], [1], "r")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked: list[int] = []
+
+    class Leaves(Lighter):
+        workers = 1
+
+        def prefer(self, a: Any, b: Any, prompt: str) -> float:
+            asked.append(1)
+            if len(asked) == 3:
+                raise Unreached("nobody answers at 127.0.0.1")
+            return super().prefer(a, b, prompt)
+
+    def label(preference: Lighter, **settings: Any) -> Result:
+        return label_segments(
+            read_jsonl(str(tmp_path / "pairs.jsonl")), preference, 2, tmp_path / "out.jsonl", settings
+        )
+
+    with pytest.raises(Unreached):
+        label(Leaves())
+    assert not (tmp_path / "out.jsonl").exists()
+    journal = tmp_path / "out.jsonl.part"
+    journal.write_text(journal.read_text() + '{"prompt": "a", "cl')  # as a kill leaves it
+    with pytest.raises(ValueError, match="labels of other settings"):
+        label(Leaves(), tie_margin=1)
+    result = label(Leaves())
+    assert len(asked) == 3 + 2 and result.data["pairs"] == 2 and result.data["broken"] == 1 and not journal.exists()
+    found = [json.loads(line)["segments"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [[1, -1], [1, 1]]
 
 
 def test_stretches_differ_by_a_frame_at_most() -> None:
@@ -216,5 +250,5 @@ def test_a_tensor_is_what_preferences_see(tmp_path: Path) -> None:
             return 1.0
 
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair(tmp_path, [9] * 4, [1] * 4)))
-    label_segments(read_jsonl(str(tmp_path / "pairs.jsonl")), Told(), 2, tmp_path / "out.jsonl")
+    label_segments(read_jsonl(str(tmp_path / "pairs.jsonl")), Told(), 2, tmp_path / "out.jsonl", {})
     assert seen == [((2, 3, 16, 16), torch.uint8, "a")] * 2

@@ -18,7 +18,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from diffalign import drawing
 from diffalign.cli import main
 from diffalign.data.clips import write_clip
-from diffalign.generation import Canvas, generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.lora import attach_lora, save_lora
 from diffalign.shapes.clips import render_clip
@@ -52,7 +52,7 @@ def test_generate_writes_clips_with_sheets_and_a_page(tmp_path: Path, capsys: py
     assert told["videos"] == listed and [row["seed"] for row in listed] == [7, 8, 9, 10]
     assert [row["prompt"] for row in listed] == [LEFT, LEFT, STILL, STILL]
     pipe = load_pipeline(wan(), max_sequence_length=32)
-    clips = generate(pipe, [LEFT], seeds=[8], steps=2, canvas=Canvas(32, 32, 5))
+    clips = generate(pipe, [LEFT], seeds=[8], steps=2, height=32, width=32, num_frames=5)
     assert clips.shape == (1, 5, 3, 32, 32)
     sheet = torch.from_numpy(np.array(Image.open(out / "sheets" / "00001.png"))).view(32, 5, 32, 3)
     expected = (clips[0] * 255).round().byte().permute(2, 0, 3, 1)

@@ -24,7 +24,7 @@ from diffalign.seeds import mix
 from diffalign.shapes.clips import render_clip
 from diffalign.shapes.motion import sample_moving
 from diffalign.shapes.tiny_video import FRAMES, build_vae
-from diffalign.shapes.train_common import Learner, learn, save_atomically
+from diffalign.shapes.train_common import Learner, half_precision, learn, save_atomically
 
 KL_WEIGHT = 5e-7  # per clip and frame, see `train_vae`
 
@@ -46,11 +46,20 @@ def loss(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
     return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
 
 
+def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """In place, kernels of two and of three dimensions: a quarter to a half faster on CPUs, the same values."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for weight in vae.parameters():
+        if layout := layouts.get(weight.dim()):
+            weight.data = weight.data.contiguous(memory_format=layout)
+    return vae
+
+
 class Trainer:
     """A VAE that learns; one `step` at a time, which follows from (seed, step)."""
 
     def __init__(self, vae: AutoencoderKLWan, args: argparse.Namespace) -> None:
-        self.args, self.vae = args, vae.to(args.device)
+        self.args, self.vae = args, channels_last(vae.to(args.device))
         self.learner = Learner(self.vae, args, weight_decay=1e-4, warmup=100)
 
     def step(self) -> float:
@@ -58,7 +67,8 @@ class Trainer:
         done = self.learner.done
         torch.manual_seed(mix(self.args.seed, done))  # of the posterior's draw
         x = clips(self.args.batch, self.args.frames, mix(self.args.seed, done, 1) % 2**31)
-        value = loss(self.vae, x.to(self.args.device))
+        with half_precision(self.args):
+            value = loss(self.vae, x.to(self.args.device, memory_format=torch.channels_last_3d))
         self.learner.update(value)
         return value.item()
 
@@ -88,7 +98,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--bf16", action="store_true", help="autocast, worth it on CPUs with AMX and on GPUs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

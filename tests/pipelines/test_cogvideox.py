@@ -12,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from miniatures import cogvideox
 from safetensors import safe_open
 
-from diffalign.generation import Canvas, generate
+from diffalign.generation import generate
 from diffalign.pipelines import load_pipeline
 from diffalign.pipelines.cogvideox import CogVideoX
 from diffalign.pipelines.lora import WEIGHTS_NAME, attach_lora, save_lora
@@ -100,7 +100,7 @@ def test_a_lora_is_the_stock_pipelines_too(tmp_path: Path) -> None:
     save_lora(pipe, tmp_path)
     with safe_open(tmp_path / WEIGHTS_NAME, "pt") as file:
         assert all(name.startswith("transformer.transformer_blocks.") for name in file.keys())  # noqa: SIM118
-    ours = generate(pipe, PROMPTS, seeds=[0, 1], steps=4, guidance_scale=3.0, canvas=Canvas(frames=9))
+    ours = generate(pipe, PROMPTS, seeds=[0, 1], steps=4, guidance_scale=3.0, num_frames=9)
     stock = stock_of(cogvideox())
     stock.load_lora_weights(tmp_path)
     noise = torch.stack([torch.randn(pipe.latent_shape(frames=9), generator=torch.Generator().manual_seed(s))
