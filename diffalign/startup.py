@@ -151,8 +151,8 @@ def _prepare_claimed(
 
 def read_examples(config: RunConfig, method: Method) -> Examples:
     """The data of a run as its method looks at them, with a line in the log."""
-    framing = Framing(config.resolution, config.random_crop, config.random_flip, config.seed, config.height,
-                      config.width, config.num_frames, config.fps)  # fmt: skip
+    framing = Framing(config.resolution, config.random_crop, config.random_flip, config.seed, config.size,
+                      config.num_frames, config.fps)  # fmt: skip
     examples = load_examples(config.data, framing, view_of(method.view))
     log.info(examples.summary())
     return examples

@@ -96,7 +96,7 @@ class LatentPipeline(ABC):
             ValueError: a size that VAE or network cannot represent, or frames of a model that draws pictures.
         """
         if frames is not None:
-            raise ValueError(f"{self.name} draws pictures: expected no number of frames, got {frames}")
+            self.frames_of(frames)
         factor, config = self._factor, self.network.config
         own = config.sample_size * factor
         height, width = height or own, width or own

@@ -106,7 +106,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(run: Run, tmp_pat
         (["generate", "--prompts", "none.txt"], "none.txt"),
         (["generate", "--prompt", "x", "--num-images", "0"], "at least 1"),
         (["generate", "--prompt", "x", "--out", "full"], "choose another --out"),
-        (["score", "full", "--prompt", "x", "--reward", "shapes"], "no picture there"),
+        (["score", "full", "--prompt", "x", "--reward", "shapes"], "no picture or clip there"),
         (["score", "missing.png", "--prompt", "x", "--reward", "shapes"], "missing.png"),
         (["evaluate", "--prompt", "a red circle"], "at least one --reward"),
         (["evaluate", "--prompt", "a red circle", "--reward", "shaps"], "did you mean 'shapes'?"),
@@ -116,10 +116,10 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(run: Run, tmp_pat
         (["data", "check", "nowhere"], "nowhere"),
         (["label", "full", "--out", "p.csv", "--reward", "shapes"], "ends in .jsonl or .parquet"),
         (["label", "full", "--out", "p.jsonl", "--prompt", "a"], "at least one --reward"),
-        (["label", "full", "--out", "p.jsonl", "--reward", "shapes", "--prompt", "a"], "no picture there"),
+        (["label", "full", "--out", "p.jsonl", "--reward", "shapes", "--prompt", "a"], "no picture or clip there"),
         (["label", "full", "--out", "p.jsonl", "--pairs", "bset-worst"], "did you mean 'best-worst'?"),
         (["label", "full", "--out", "p.jsonl", "--tie-margin", "x=-1"], "at least 0"),
-        (["compare", "full", "nowhere", "--reward", "shapes", "--prompt", "a"], "no picture there"),
+        (["compare", "full", "nowhere", "--reward", "shapes", "--prompt", "a"], "no picture or clip there"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, tmp_path: Path, words: list[str], message: str) -> None:

@@ -12,6 +12,7 @@ from diffalign.config import RunConfig, load_config, packaged_configs
 from diffalign.data.options import DataOptions
 from diffalign.methods import METHODS
 from diffalign.noise import NOISE_METHODS
+from diffalign.rewards import REWARDS
 from diffalign.table import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,12 @@ def test_the_readme_has_a_row_for_each_method_with_files_that_exist():
     assert [cells[0].strip("`") for cells in listed] == list(METHODS)
     links = [link for cells in listed for link in re.findall(r"\]\(([^):]+)\)", " ".join(cells))]
     assert len(links) >= 2 * len(METHODS) and all((ROOT / link).is_file() for link in links)
+
+
+def test_the_page_on_rewards_has_a_row_for_each_reward():
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    names = [name for cells in rows(page, "## Which there are") for name in re.findall(r"`([\w.-]+)`", cells[0])]
+    assert sorted(names) == sorted(REWARDS)
 
 
 def test_the_page_on_noise_lists_every_method_with_all_its_keywords():

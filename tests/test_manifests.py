@@ -213,8 +213,8 @@ def test_broken_rows_of_the_other_forms(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nothing.png", None, "no picture there"),
-        ("*.webp", None, "no picture there"),
+        ("nothing.png", None, "no picture or clip there"),
+        ("*.webp", None, "no picture or clip there"),
         ("x.csv", "a,b\n1,2\n", "expected a column image, video, path, file or file_name, found a, b"),
         ("x.csv", b"image,prompt\n\xff,x\n", "cannot be read as csv in UTF-8"),
         ("x.parquet", "no table", "not a readable parquet file"),
@@ -229,7 +229,7 @@ def test_a_form_that_is_not_what_it_says_is_one_error(tmp_path: Path, name: str,
 
 
 def test_an_empty_folder_says_what_would_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no picture there; expected files that end in .*for folders inside it"):
+    with pytest.raises(ValueError, match=r"no picture or clip there; expected .*for folders inside it"):
         list(read_manifest([tmp_path]))
     with pytest.raises(ValueError, match="at least one picture"):
         list(read_manifest([]))

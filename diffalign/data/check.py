@@ -23,7 +23,7 @@ from diffalign.table import build
 
 NAMED = 20  # broken rows that are named one by one
 READ_LENGTH = 77  # tokens that a CLIP text encoder reads, start and end among them
-SUFFIXES = {".jsonl": "jsonl", ".parquet": "pickapic", ".json": "hpdv2"}
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "pickapic", ".json": "hpdv2", ".csv": "videoalign"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def _sniff_folder(place: Path) -> str | None:
         return "webdataset"
     if inside & {"dataset_info.json", "dataset_dict.json"} or any(place.rglob("*.parquet")):
         return "pickapic"
-    return "hpdv2" if inside & {"train.json", "test.json"} else None
+    if inside & {"train.json", "test.json"}:
+        return "hpdv2"
+    return "videoalign" if sum(name.endswith(".csv") for name in inside) == 1 else None
 
 
 def check(

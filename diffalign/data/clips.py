@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from PIL import Image
 from diffalign.data.images import DAMAGED, LARGEST, decode, upright
 from diffalign.errors import first_line
 
-STEADY = (
-    1.5  # the longest frame over the shortest, from where on a frame rate varies; milliseconds round 30 to 33 or 34
-)
+# the longest frame over the shortest, from where on a frame rate varies; milliseconds round 30 to 33 or 34
+STEADY = 1.5
+MOST = 10**9  # pixels of a whole clip, 4 bytes each: 480 frames of 1920 x 1080
 BLINK = 1e-3  # seconds that time stamps may be off
 PILLOWS = (b"GIF8", b"RIFF", b"\x89PNG", b"\xff\xd8")  # how files begin that are no videos; avi begins with RIFF too
 QUALITY = 14  # of x264, of which 0 is lossless and 23 usual
@@ -48,12 +49,20 @@ class FrameFolder:
             found = [file for file in self.path.iterdir() if file.is_file() and not file.name.startswith(".")]
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read ({error.strerror})") from error
-        return sorted(found, key=lambda file: [int(part) if part.isdigit() else part for part in
+        return sorted(found, key=lambda file: [int(part) if part.isdecimal() else part for part in
                                                re.split(r"(\d+)", file.name)])  # fmt: skip
 
     def read(self) -> bytes:
         """A digest of the frames' bytes, which stands for them in cache keys."""
-        return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in self.files())
+        return b"".join(hashlib.sha256(read_frame(file)).digest() for file in self.files())
+
+
+def read_frame(file: Path) -> bytes:
+    """Raises ValueError where that cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def decode_clip(content: bytes | FrameFolder, source: str, frames: int | None, fps: float | None) -> list[Image.Image]:
@@ -99,7 +108,10 @@ def _of_folder(folder: FrameFolder, source: str, frames: int | None) -> list[Ima
         raise Unusable(f"{source}: no frame in the folder")
     if frames is not None and len(files) < frames:
         raise Unusable(_too_short(source, len(files), frames, None))
-    return [decode(file.read_bytes(), f"{source}, frame {file.name}") for file in files[:frames]]
+    if frames is None:
+        width, height = decode(read_frame(files[0]), f"{source}, frame {files[0].name}").size
+        _refuse_long(len(files) * width * height, source)
+    return [decode(read_frame(file), f"{source}, frame {file.name}") for file in files[:frames]]
 
 
 def _of_animation(content: bytes, source: str) -> Iterator[Timed]:
@@ -157,6 +169,7 @@ def _chosen(timed: Iterable[Timed], source: str, frames: int | None, fps: float 
             while fps is not None and len(found) < wanted and len(found) / fps < seconds - BLINK:
                 found.append(shown)
         begun, shown = seconds, picture
+        _refuse_long(len(found) * picture.width * picture.height, source)
         if len(found) >= wanted:
             break
     if not lengths:
@@ -182,6 +195,12 @@ def _refuse_large(width: int, height: int, source: str) -> None:
                        f"decode")  # fmt: skip
 
 
+def _refuse_long(pixels: int, source: str) -> None:
+    if pixels > MOST:
+        raise Unusable(f"{source}: all frames of the clip are more than the {MOST} pixels that are held at once; cut "
+                       f"the clip shorter, or scale it down")  # fmt: skip
+
+
 def write_clip(frames: NDArray[np.uint8], file: Path, fps: float) -> None:
     """uint8 [F, H, W, 3] as an mp4 (H.264) that browsers play. An odd side loses its last row or column.
 
@@ -192,7 +211,6 @@ def write_clip(frames: NDArray[np.uint8], file: Path, fps: float) -> None:
         import av
     except ImportError as error:
         raise ValueError("writing videos needs PyAV: pip install 'diffalign[video]'") from error
-    from fractions import Fraction
 
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     with av.open(str(file), "w", format="mp4") as container:

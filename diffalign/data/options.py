@@ -48,7 +48,8 @@ class Framing:
     """How a run wants its pictures or clips: the crop, and whether its place and a flip are drawn (by seed).
 
     Attributes:
-        resolution: the side of a square crop, and of buckets; a side that is given goes before it.
+        resolution: the side of a square crop, and of buckets.
+        crop: (height, width) of one that is not square; buckets go before it.
         frames: of a clip; None for pictures.
         fps: frames a second that clips are seen at; None: every frame of a file.
     """
@@ -57,15 +58,14 @@ class Framing:
     random_crop: bool = False
     random_flip: bool = False
     seed: int = 0
-    height: int | None = None
-    width: int | None = None
+    crop: tuple[int, int] | None = None
     frames: int | None = None
     fps: float | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the crop, buckets left aside."""
-        return self.height or self.resolution, self.width or self.resolution
+        return self.crop or (self.resolution, self.resolution)
 
 
 def parse_section(section: Mapping[str, Any]) -> tuple[DataOptions, dict[str, Any]]:

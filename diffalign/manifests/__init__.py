@@ -10,11 +10,10 @@ import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from diffalign.data.readers import SUFFIXES
 from diffalign.data.records import BrokenRow
 from diffalign.data.webdataset import SUFFIXES as SHARDS
 from diffalign.data.webdataset import find_shards
-from diffalign.manifests.entry import IMAGE_SUFFIXES, Entry, Listed
+from diffalign.manifests.entry import MEDIA_SUFFIXES, Entry, Listed
 from diffalign.table import resolve
 
 __all__ = ["FORMS", "BrokenRow", "Entry", "read_manifest", "sniff"]
@@ -60,7 +59,7 @@ def sniff(path: Path) -> str:
         ValueError: a file that is no picture and no manifest.
     """
     if path.is_dir():
-        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+        if any(file.suffix.lower() in MEDIA_SUFFIXES for file in path.iterdir()):
             return "folder"
         if any(path.glob("*.parquet")):
             return "parquet"
@@ -93,8 +92,9 @@ def _found(place: str) -> list[Path]:
         return [path]
     inside = [Path(match) for match in sorted(glob.glob(place, recursive=True))]
     if not inside:
-        raise ValueError(f"{place}: no picture there; expected a file, a folder with {', '.join(IMAGE_SUFFIXES)}, a "
-                         f"glob, or a manifest ({', '.join(BY_SUFFIX)}, .tar)")  # fmt: skip
+        raise ValueError(f"{place}: no picture or clip there; expected a file, a folder with "
+                         f"{', '.join(MEDIA_SUFFIXES)}, a glob, or a manifest ({', '.join(BY_SUFFIX)}, "
+                         f".tar)")  # fmt: skip
     return inside
 
 

@@ -16,7 +16,7 @@ from diffalign.data.images import open_as_stored
 from diffalign.data.readers import VIDEO_SUFFIXES
 from diffalign.data.records import BrokenRow, MediaSource
 
-IMAGE_SUFFIXES = tuple(sorted(readers.IMAGE_SUFFIXES))
+IMAGE_SUFFIXES, MEDIA_SUFFIXES = tuple(sorted(readers.IMAGE_SUFFIXES)), tuple(sorted(readers.SUFFIXES))
 IMAGES, PROMPTS = ("image", "video", "path", "file", "file_name"), ("prompt", "caption", "text")  # the first one counts
 
 

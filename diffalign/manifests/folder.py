@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffalign.data.readers import SUFFIXES
 from diffalign.data.records import BrokenRow, MediaSource
-from diffalign.manifests.entry import IMAGE_SUFFIXES, Listed
+from diffalign.manifests.entry import MEDIA_SUFFIXES, Listed
 
 
 def read_folder(folder: Path) -> Iterator[Listed | BrokenRow]:
@@ -16,14 +15,15 @@ def read_folder(folder: Path) -> Iterator[Listed | BrokenRow]:
     Hidden files and folders inside are passed over.
 
     Raises:
-        ValueError: no picture in it.
+        ValueError: nothing of the kind in it.
     """
     files = [file for file in sorted(folder.iterdir())
-             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()]  # fmt: skip
+             if file.suffix.lower() in MEDIA_SUFFIXES and not file.name.startswith(".") and file.is_file()]  # fmt: skip
     if not files:
         raise ValueError(
-            f"{folder}: no picture there; expected files that end in {', '.join(IMAGE_SUFFIXES)}, a metadata.jsonl, or "
-            f"shards that end in .tar or .parquet; for folders inside it give a glob, '{folder}/**/*.jpg'"
+            f"{folder}: no picture or clip there; expected files that end in {', '.join(MEDIA_SUFFIXES)}, a "
+            f"metadata.jsonl, or shards that end in .tar or .parquet; for folders inside it give a glob, "
+            f"'{folder}/**/*.jpg'"
         )
     for file in files:
         caption = file.with_suffix(".txt")

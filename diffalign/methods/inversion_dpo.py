@@ -24,6 +24,8 @@ Deviations from the released code (MIGHTYEZ/Inversion-DPO, train_ddim.py), each 
   their step leads nowhere;
 - the reference's trajectories are kept on disk (`cache`), and for that a picture is the mean of its posterior;
 - their ranks do not exchange gradients, since the unwrapped network is called.
+
+Levels at which nothing of the picture is left (alpha = 0, zero terminal SNR) are not trained: weight_k is infinite.
 """
 
 from __future__ import annotations
@@ -102,6 +104,9 @@ class InversionDPO:
         inside = levels_inside(run, levels, self.time_low, self.time_high)
         if run.parametrization != "flow":  # whose weight is finite where nothing of the picture is left
             inside = inside[run.process.coefficients(inside)[0] > 0]
+            if not len(inside):
+                raise ValueError("method.time_low: between it and method.time_high lies no level at which anything of "
+                                 "the picture is left; set it lower, or method.steps higher")  # fmt: skip
         first = int((levels[1:] < inside[0]).sum())
         order = torch.rand(len(batch.label), len(inside), generator=run.generator).argsort(1)
         chosen = first + order[:, : self.sampled]  # [B, k]: another choice for each pair

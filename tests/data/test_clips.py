@@ -137,6 +137,32 @@ def test_what_is_no_clip_is_said_in_one_sentence(tmp_path: Path) -> None:
         decode_clip(data, "here", 9, 8)
 
 
+def test_a_clip_that_would_fill_the_memory_is_refused_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, array in enumerate(levels(4)):
+        Image.fromarray(array).save(folder / f"{number}.png")
+    contents = (FrameFolder(folder), animation([100] * 4), video(tmp_path, 4))
+    monkeypatch.setattr("diffalign.data.clips.MOST", 3 * 32 * 48)
+    for content in contents:
+        assert len(decode_clip(content, "here", 3, None)) == 3
+        with pytest.raises(ValueError, match="here: all frames of the clip are more than the 4608 pixels"):
+            decode_clip(content, "here", None, None)
+
+
+def test_a_frame_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "0.png"
+    Image.fromarray(levels(1)[0]).save(file)
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    for ask in (FrameFolder(tmp_path).read, lambda: decode_clip(FrameFolder(tmp_path), "here", None, None)):
+        with pytest.raises(ValueError, match=r"0.png cannot be read \(Permission denied\)"):
+            ask()
+
+
 def test_a_clip_is_turned_as_its_player_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     array = levels(1)[0]
     array[:16] = 250  # the upper half

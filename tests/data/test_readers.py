@@ -90,6 +90,11 @@ def test_sniff_finds_each_layout(layout: str, tmp_path: Path) -> None:
     assert sniff(str(section["path"])) == section["name"]
 
 
+def test_sniff_finds_videoaligns_csv_and_a_folder_of_it(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,TA\n")
+    assert sniff(str(tmp_path)) == sniff(str(tmp_path / "pairs.csv")) == "videoalign"
+
+
 def test_sniff_of_nothing_it_knows(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("no data")
     for path in (tmp_path, tmp_path / "notes.md", tmp_path / "absent"):

@@ -101,7 +101,7 @@ def test_what_is_no_request_of_the_page_is_refused_in_one_sentence(folder: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere: no picture there"),
+        (["nowhere"], "nowhere: no picture or clip there"),
         (["pictures", "--ask", "bset"], "did you mean 'best'?"),
         (["pictures", "--judge", " "], "expected the judge's name"),
         (["pictures", "--db", "other.sqlite"], "holds choices of another run, elsewhere"),

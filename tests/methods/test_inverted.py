@@ -13,7 +13,7 @@ import torch
 from miniatures import FAMILIES, stable_diffusion
 from safetensors.torch import load_file
 from test_trainer import config, metrics
-from toy import PROCESSES, ROWS, Denoiser, sampling_times
+from toy import PROCESSES, ROWS, Denoiser, sampling_times, variance_preserving
 
 from diffalign import reference as reference_module
 from diffalign.losses import log_ratio, smpo, soft_ce, win_probability
@@ -21,9 +21,10 @@ from diffalign.methods import METHODS
 from diffalign.methods.base import Batch, Run, pair_batch
 from diffalign.methods.inpo import InPO
 from diffalign.methods.inversion_dpo import InversionDPO
+from diffalign.methods.inverted import grid
 from diffalign.methods.smpo import SmPO
 from diffalign.pipelines.lora import WEIGHTS_NAME
-from diffalign.process import at_timesteps, endpoints
+from diffalign.process import VariancePreserving, at_timesteps, endpoints
 from diffalign.table import build
 from diffalign.trainer import train
 
@@ -98,6 +99,18 @@ def test_a_range_without_levels_is_named_and_others_are_kept_to() -> None:
     for rule in (InPO(time_low=0.45, time_high=0.75), InversionDPO(steps=10, sampled=2, time_low=0.45, time_high=0.75)):
         t = torch.cat([n.t for seed in range(20) for n in rule.prepare(run("vp", "epsilon", seed), batch())])
         assert set(t.tolist()) == {501, 601, 701}
+
+
+def test_inversion_dpo_leaves_out_levels_at_which_nothing_of_the_picture_is_left() -> None:
+    """CogVideoX's schedule ends there, where the weight of an error is infinite."""
+    usual = variance_preserving()
+    law = VariancePreserving(usual.alphas_cumprod.clone().index_fill(0, torch.arange(901, 1000), 0.0), usual.final)
+    state = replace(run("vp", "v_prediction"), process=law, times=functools.partial(sampling_times, law))
+    assert float(grid(state, 10)[-1]) == 901
+    for noised in InversionDPO(steps=10, sampled=9).prepare(state, batch()):
+        assert noised.t.max() < 901 and noised.aux["weight"].isfinite().all()
+    with pytest.raises(ValueError, match="lies no level at which anything of the picture is left"):
+        InversionDPO(steps=10, time_low=0.85).prepare(state, batch())
 
 
 def test_a_network_that_knows_few_times_is_asked_at_those_alone() -> None:
