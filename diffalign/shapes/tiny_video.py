@@ -6,7 +6,10 @@ of the others.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from diffalign.shapes.motion import DIRECTIONS, SPEEDS
@@ -16,11 +19,13 @@ FRAMES, SIDE = 9, 64
 CHANNELS = 16
 TEXT_WIDTH = 96
 HEADS, HEAD_WIDTH, LAYERS = 5, 24, 8
+BRANCH = 0.5  # what residual branches add at first
+NARROW = -6.0  # log-variance of the posterior at first
 
 
 def build_vae() -> AutoencoderKLWan:
     """1.6 million parameters: three halvings in space, two in time, as Wan's."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=CHANNELS,
         dim_mult=[1, 2, 3, 3],
@@ -29,6 +34,39 @@ def build_vae() -> AutoencoderKLWan:
         latents_mean=[0.0] * CHANNELS,  # training sets both
         latents_std=[1.0] * CHANNELS,
     )
+    start_on_pictures(vae)
+    return vae
+
+
+@torch.no_grad()
+def start_on_pictures(vae: AutoencoderKLWan) -> None:
+    """Weights to start training from: those of a VAE of pictures, laid over time.
+
+    Each convolution keeps the variance of its input, without biases, and looks at the newest frame alone; those over
+    time pass frames on. With torch's own start biases outweigh the signal, which norms over channels cannot undo as
+    norms over space do: after 700 steps such a VAE drew flat gray, while this one has outlines after 150. The posterior
+    begins narrow, or its noise hides what the decoder is to learn from.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Conv3d) or "attentions" in name:
+            continue
+        assert module.bias is not None
+        module.bias.zero_()
+        if name.endswith("time_conv"):
+            module.weight.copy_(_passing(*module.weight.shape[:2]))
+            continue
+        newest = module.weight.zero_() if module.weight.dim() == 4 else module.weight.zero_()[:, :, -1]
+        newest.normal_(std=(BRANCH if name.endswith("conv2") else 1.0) * newest[0].numel() ** -0.5)
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.bias[CHANNELS:] = NARROW
+
+
+def _passing(made: int, channels: int) -> torch.Tensor:
+    """Weights [made, channels, 3, 1, 1] over time: the mean of three frames, or the newest one twice."""
+    same = torch.eye(channels)[:, :, None, None, None]
+    if made == channels:
+        return same.expand(-1, -1, 3, -1, -1) / 3
+    return F.pad(same, (0, 0, 0, 0, 2, 0)).repeat(made // channels, 1, 1, 1, 1)
 
 
 def build_tokenizer() -> T5Tokenizer:

@@ -60,6 +60,17 @@ def test_the_model_is_as_large_as_may_ship() -> None:
     assert 2 * sizes["transformer"] + 2 * sizes["vae"] + 4 * sizes["text_encoder"] < 8.6e6
 
 
+@torch.no_grad()
+def test_a_fresh_vae_is_one_of_pictures_that_stand_still() -> None:
+    torch.manual_seed(0)
+    own = build_vae()
+    usual = AutoencoderKLWan.from_config(own.config)
+    still = clips(2, 1, seed=0).expand(-1, -1, 9, -1, -1)
+    for vae, stands in ((own, True), (usual, False)):
+        y = vae.decode(vae.encode(still).latent_dist.mean).sample
+        assert ((y - y[:, :, :1]).abs().max() < 1e-3 * y.std()) == stands
+
+
 @pytest.mark.slow
 def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
