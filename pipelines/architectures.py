@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
+)
 from peft import LoraConfig
 
 from diffalign.assets import asset
@@ -30,15 +36,17 @@ KNOWN: dict[str, str] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
     "stabilityai/stable-diffusion-3.5-medium": "sd3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd3.5-large",
+    "guoyww/animatediff-motion-adapter-v1-5-2": "animatediff",
     "zai-org/CogVideoX-2b": "cogvideox-2b",
     "zai-org/CogVideoX-5b": "cogvideox-5b",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-1.3b",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
 }
 NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "SD3Transformer2DModel": SD3Transformer2DModel,
-            "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
+            "UNetMotionModel": UNetMotionModel, "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
             "WanTransformer3DModel": WanTransformer3DModel}  # fmt: skip
-OF_CLIPS = {"CogVideoXTransformer3DModel": "CogVideoXPipeline", "WanTransformer3DModel": "WanPipeline"}
+OF_CLIPS = {"UNetMotionModel": "AnimateDiffPipeline", "CogVideoXTransformer3DModel": "CogVideoXPipeline",
+            "WanTransformer3DModel": "WanPipeline"}  # fmt: skip
 # what gradient checkpointing recomputes one at a time
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "WanTransformerBlock", "CogVideoXBlock")
 USER_TOKENS = 16
@@ -118,6 +126,10 @@ def example_call(
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
     common: dict[str, Any] = {"timestep": torch.empty(1, device="meta")}
+    if isinstance(network, UNetMotionModel):
+        frames = extent[2] if len(extent) == 3 else 1
+        common["encoder_hidden_states"] = empty(CLIP_TOKENS, config.cross_attention_dim).expand(frames, -1, -1)
+        return empty(config.in_channels, frames, height, width), common
     if type(network).__name__ in OF_CLIPS:
         frames = (extent[2] - 1) // 4 + 1 if len(extent) == 3 else 1
         count = t5_tokens or _family(network).t5_tokens[0]

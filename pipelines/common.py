@@ -134,6 +134,15 @@ def warn_of_long_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> 
                     len(long), len(prompts), limit, long[0][:80])  # fmt: skip
 
 
+def clip_embeds(stock: Any, prompts: Sequence[str]) -> Tensor:
+    """fp32 [B, 77, width]: the last layer of a stock pipeline's only text encoder, a CLIP."""
+    tokenizer, encoder = stock.tokenizer, stock.text_encoder
+    limit = tokenizer.model_max_length
+    warn_of_long_prompts(tokenizer, prompts, limit)
+    ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    return encoder(ids.input_ids.to(encoder.device)).last_hidden_state.float()
+
+
 def t5_embeds(stock: Any, prompts: Sequence[str], tokens: int) -> Tensor:
     """fp32 [B, tokens, width], as a stock pipeline encodes prompts whose only text encoder is a T5."""
     warn_of_long_prompts(stock.tokenizer, prompts, tokens)

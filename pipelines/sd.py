@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from diffalign.pipelines.base import LatentPipeline
-from diffalign.pipelines.common import ddim_times, load_stock, variance_preserving, warn_of_long_prompts
+from diffalign.pipelines.common import clip_embeds, ddim_times, load_stock, variance_preserving
 from diffalign.pipelines.user_attention import user_options
 from diffalign.sampling import Condition
 
@@ -38,11 +38,7 @@ class StableDiffusion(LatentPipeline):
         return cls(stock.to(device), folder)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        tokenizer, encoder = self.stock.tokenizer, self.stock.text_encoder
-        limit = tokenizer.model_max_length
-        warn_of_long_prompts(tokenizer, prompts, limit)
-        ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        return {"prompt_embeds": encoder(ids.input_ids.to(encoder.device)).last_hidden_state.float()}
+        return {"prompt_embeds": clip_embeds(self.stock, prompts)}
 
     def times(self, steps: int) -> Tensor:
         return ddim_times(self._scheduler, steps)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLWan,
@@ -21,6 +22,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -119,6 +121,23 @@ def cogvideox(rotary: bool = True, scheduler: str = "ddim", seed: int = 0) -> Pa
                   snr_shift_scale=1.0 if rotary else 3.0)  # fmt: skip
     return _saved(CogVideoXPipeline(tokenizer=t5_tokenizer(), text_encoder=_t5(), vae=vae, transformer=transformer,
                                     scheduler=walked))  # fmt: skip
+
+
+@functools.cache
+def animatediff(adapter_saved: bool = False, seed: int = 0) -> Path:
+    """A folder of an AnimateDiffPipeline, of a U-Net of pictures and a motion adapter that knows 8 frames."""
+    torch.manual_seed(seed)
+    tokenizer, unet = build_tokenizer(), _unet()
+    adapter = MotionAdapter(block_out_channels=(8, 16), motion_layers_per_block=1, motion_num_attention_heads=2,
+                            motion_norm_num_groups=4, motion_max_seq_length=8, use_motion_mid_block=False)  # fmt: skip
+    for name, weight in adapter.named_parameters():  # motion modules begin as none: their last layers are zero
+        if "proj_out" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    pipe = AnimateDiffPipeline(vae=_vae(), text_encoder=_clip(CLIPTextModel, tokenizer), tokenizer=tokenizer, unet=unet,
+                               motion_adapter=adapter, scheduler=_scheduler("epsilon", "ddim"))  # fmt: skip
+    if not adapter_saved:
+        pipe.register_modules(motion_adapter=None)
+    return _saved(pipe)
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def test_wan_costs_what_is_known() -> None:
     assert found.pair_flops / 1e12 == pytest.approx(2303, rel=0.01)
     assert network_config("Wan-AI/Wan2.1-T2V-14B-Diffusers")["num_layers"] == 40
     for name, parameters in (("wan2.1-14b", 14_288_491_584), ("cogvideox-2b", 1_693_783_872),
-                             ("cogvideox-5b", 5_570_283_072)):  # fmt: skip
+                             ("cogvideox-5b", 5_570_283_072),
+                             ("animatediff", 859_520_964 + 453_209_280)):  # fmt: skip
         assert estimate(config(name, 64, num_frames=1)).parameters == parameters
 
 
