@@ -3,8 +3,9 @@
     python -m benchmarks.gpu --minutes 9 --out runs/bench-gpu.json
     python -m benchmarks.gpu --small          # the same code on tiny models, also without a GPU
 
-Needs no download: SDXL and SD3-medium are built with random weights on the device, in bf16 with a LoRA of rank 16 in
-fp32. First the card: bf16 matrix products, copies, launches. Then for 1, 2 and 8 pairs every row of `VARIANTS`. What no
+Needs no download: SDXL, SD3-medium and Wan 2.1 1.3B are built with random weights on the device, in bf16 with a LoRA of
+rank 16 in fp32. First the card: bf16 matrix products, copies, launches. Then for 1, 2 and 8 pairs every row of
+`VARIANTS`, and for a pair of clips of 81 frames at 480 x 832 every row of `CLIP_VARIANTS`. What no
 longer fits into the time is left out and said so; what does not fit into memory is a row that says so. The result file
 is written anew after every row, so a killed run leaves what it had.
 
@@ -31,7 +32,7 @@ import torch
 from benchmarks.gpu_report import BASELINE, CACHED_REFERENCE, Row, goals, report
 from benchmarks.inversion_step import Inverted
 from benchmarks.measure import versions
-from benchmarks.models import MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
+from benchmarks.models import CLIP_MODELS, MODELS, SMALL_MODELS, Architecture, Encoders, build_encoders, pair_flops
 from benchmarks.plain import plain, random_raw
 from benchmarks.steps import Ours, Recorded, Step, Subject, build_subject, random_cached
 from diffalign.errors import first_line
@@ -106,6 +107,15 @@ VARIANTS: dict[str, Variant] = {
     "inversion-dpo": Variant(_inverted(kept=False), dpo=False),
 }
 
+# of models of clips, whose activations of one pair fill a card: no plain step, one pair at a time
+CLIP_VARIANTS: dict[str, Variant] = {
+    "ours, checkpointing": VARIANTS["ours, checkpointing"],
+    "ours, checkpointing, cudnn attention": Variant(_ours(attention="cudnn"), checkpointing=True),
+    "ours, checkpointing, compiled": Variant(_ours(), checkpointing=True, around=_compiled),
+    "ours, checkpointing, flash attention": Variant(_ours(attention="flash"), checkpointing=True),
+    "ours": VARIANTS["ours"],
+}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -120,7 +130,8 @@ class Size:
     row_seconds: float
 
 
-FULL = Size(MODELS, 8192, 8 * 10**9, 10_000, (8, 1, 2), 3, 8.0)
+EVERY = MODELS | CLIP_MODELS
+FULL = Size(EVERY, 8192, 8 * 10**9, 10_000, (8, 1, 2), 3, 8.0)
 SMALL = Size(SMALL_MODELS, 256, 10**6, 100, (1,), 1, 0.0)
 
 
@@ -239,10 +250,10 @@ def model_rows(name: str, size: Size, device: torch.device, clock: Clock, share:
     flops = pair_flops(model, RANK)
     subject = build_subject(model, device, torch.bfloat16, RANK)
     encoders, longest = None, 0.0
-    for label, variant in VARIANTS.items():
+    for label, variant in (CLIP_VARIANTS if model.clip else VARIANTS).items():
         if variant.make:
             encoders = None  # ours must fit without them
-        for pairs in size.pairs:
+        for pairs in (1,) if model.clip else size.pairs:
             row: Row = {"model": name, "variant": label, "pairs": pairs}
             if variant.dpo:
                 row["floor_ms_per_pair"] = 1000 * flops / rate
@@ -296,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny models; runs on a CPU, and its figures mean nothing")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(EVERY), default=list(EVERY))
     parser.add_argument("--out", type=Path, default=Path("runs/bench-gpu.json"))
     args = parser.parse_args(arguments)
     if (device := device_for(args.small)) is None:

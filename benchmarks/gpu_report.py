@@ -51,6 +51,8 @@ GOALS = (  # of an H200
     Goal("sdxl", "times faster than plain at 8 pairs", 3, lambda rows: _speedup(rows, 8), least=True),
     Goal("sdxl", "times faster than plain at 1 pair", 6, lambda rows: _speedup(rows, 1), least=True),
     Goal("sd3-medium", "ms a pair at 8 pairs", 150, lambda rows: _figure(rows, 8, "ms_per_pair")),
+    Goal("wan2.1-1.3b", "ms a pair of clips", 6500, lambda rows: _figure(rows, 1, "ms_per_pair")),
+    Goal("wan2.1-1.3b", "GiB at 1 pair", 60, lambda rows: _figure(rows, 1, "peak_gib")),
 )
 
 

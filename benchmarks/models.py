@@ -19,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    WanPipeline,
 )
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -28,6 +29,7 @@ from diffalign.pipelines.architectures import NETWORKS, attach_meta_lora, exampl
 from diffalign.pipelines.base import LatentPipeline
 from diffalign.pipelines.sd3 import StableDiffusion3
 from diffalign.pipelines.sdxl import StableDiffusionXL
+from diffalign.pipelines.wan import Wan
 
 Config = dict[str, Any]
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
@@ -36,20 +38,29 @@ CLIP_TOKENS = 77
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configs of one model: U-Net or transformer, VAE, two CLIP text encoders, a T5 for SD3; side in pixels."""
+    """The configs of one model: U-Net or transformer, VAE, two CLIP text encoders, a T5 for SD3; side in pixels.
+
+    A model of clips has the (height, width, frames) of one, and is a network alone: there is no plain step of it.
+    """
 
     name: str
     network: Config
     vae: Config
-    texts: tuple[Config, Config]
+    texts: tuple[Config, ...]
     resolution: int
     t5: Config | None = None
     t5_tokens: int = 256
+    clip: tuple[int, int, int] | None = None
 
     @property
     def flow(self) -> bool:
         """A transformer of the SD3 kind, and not a U-Net of the SDXL kind."""
         return bool(self.network["_class_name"] == "SD3Transformer2DModel")
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """(height, width) of a picture, (height, width, frames) of a clip."""
+        return self.clip or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -142,8 +153,24 @@ def sd3_mini() -> Architecture:
     return Architecture("sd3-medium", network, _sd3_vae(8, 8, 8, 8, groups=4), texts, 64, t5)
 
 
+def wan_1_3b() -> Architecture:
+    """Wan 2.1 T2V 1.3B on 81 frames of 480 x 832: 1.42 billion parameters, 32,760 tokens."""
+    return Architecture("wan2.1-1.3b", network_config("wan2.1-1.3b"), {}, (), 480, t5_tokens=512, clip=(480, 832, 81))
+
+
+def wan_mini() -> Architecture:
+    """Wan in small, on 5 frames, for `--small`."""
+    network = network_config("wan2.1-1.3b") | {
+        "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 24, "freq_dim": 16, "ffn_dim": 32,
+        "num_layers": 2,
+    }  # fmt: skip
+    return Architecture("wan2.1-1.3b", network, {}, (), 32, t5_tokens=8, clip=(32, 48, 5))
+
+
 MODELS: dict[str, Callable[[], Architecture]] = {"sdxl": sdxl, "sd3-medium": sd3_medium}
-SMALL_MODELS: dict[str, Callable[[], Architecture]] = {"sdxl": sdxl_mini, "sd3-medium": sd3_mini}
+CLIP_MODELS: dict[str, Callable[[], Architecture]] = {"wan2.1-1.3b": wan_1_3b}
+SMALL_MODELS: dict[str, Callable[[], Architecture]] = {"sdxl": sdxl_mini, "sd3-medium": sd3_mini,
+                                                       "wan2.1-1.3b": wan_mini}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -169,12 +196,18 @@ def build_pipeline(model: Architecture, device: torch.device, dtype: torch.dtype
             transformer=network, scheduler=flow, text_encoder_3=None, tokenizer_3=None, **absent
         )
         return StableDiffusion3(stock, model.name)
+    if model.clip:
+        none = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+        flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return Wan(WanPipeline(transformer=network, scheduler=flow, **none), model.name)
     scheduler = EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading")
     return StableDiffusionXL(StableDiffusionXLPipeline(unet=network, scheduler=scheduler, **absent), model.name)
 
 
 def build_encoders(model: Architecture, device: torch.device, dtype: torch.dtype) -> Encoders:
     """VAE and text encoders, random, frozen and in evaluation mode."""
+    if model.clip:
+        raise ValueError(f"{model.name}: a model of clips is a network alone here")
     first, second = (CLIPTextConfig(**config) for config in model.texts)
     with _born_on(device, torch.float32):
         vae = AutoencoderKL(**model.vae)
@@ -200,9 +233,9 @@ def example_ids(config: Config, count: int, tokens: int, generator: torch.Genera
 def pair_flops(model: Architecture, rank: int) -> float:
     """FLOPs that one pair needs: policy forward and backward and reference forward of two pictures, no recompute."""
     network = meta_network(model.network, torch.bfloat16)
-    forward = _forward_flops(network, (model.resolution,) * 2)
+    forward = _forward_flops(network, model.extent, model.t5_tokens)
     attach_meta_lora(network, rank, None)
-    x_t, call = example_call(network, (model.resolution,) * 2)
+    x_t, call = example_call(network, model.extent, model.t5_tokens)
     with counted(network) as count:
         network(x_t, **call, return_dict=False)[0].sum().backward()
     return 2 * (count.flops + forward)
@@ -222,7 +255,7 @@ def shares(model: Architecture) -> Shares:
     """Counted on the meta device."""
     meta = torch.device("meta")
     network = meta_network(model.network, torch.float32)
-    forward = _forward_flops(network, (model.resolution,) * 2)
+    forward = _forward_flops(network, model.extent, model.t5_tokens)
     encoders = build_encoders(model, meta, torch.float32)
     picture = torch.empty(1, 3, model.resolution, model.resolution, device=meta)
     vae = _counted(encoders.vae, lambda: encoders.vae.encode(picture))
@@ -231,8 +264,8 @@ def shares(model: Architecture) -> Shares:
     return Shares(sum(p.numel() for p in network.parameters()), forward, vae / forward, text / forward)
 
 
-def _forward_flops(network: Any, extent: tuple[int, ...]) -> float:
-    x_t, call = example_call(network, extent)
+def _forward_flops(network: Any, extent: tuple[int, ...], t5_tokens: int) -> float:
+    x_t, call = example_call(network, extent, t5_tokens)
     return _counted(network, lambda: network(x_t, **call))
 
 

@@ -80,6 +80,8 @@ class Cached:
 def random_cached(model: Architecture, pairs: int, device: torch.device) -> Cached:
     """Latents and embeddings of the right shapes, always the same."""
     generator = torch.Generator().manual_seed(1)
+    if model.clip:
+        return _random_clips(model, model.clip, pairs, device, generator)
     network, side = model.network, model.resolution // 8
     shape = (2 * pairs, network["in_channels"], side, side)
     wide = "joint_attention_dim" if model.flow else "cross_attention_dim"
@@ -90,6 +92,16 @@ def random_cached(model: Architecture, pairs: int, device: torch.device) -> Cach
     }
     moved = {name: value.to(device) for name, value in condition.items()}
     return Cached(torch.randn(shape, generator=generator), torch.full(shape, -6.0), moved)
+
+
+def _random_clips(
+    model: Architecture, clip: tuple[int, int, int], pairs: int, device: torch.device, generator: torch.Generator
+) -> Cached:
+    height, width, frames = clip
+    shape = (2 * pairs, model.network["in_channels"], (frames - 1) // 4 + 1, height // 8, width // 8)
+    prompts = torch.randn(pairs, model.t5_tokens, model.network["text_dim"], generator=generator)
+    return Cached(torch.randn(shape, generator=generator), torch.full(shape, -6.0),
+                  {"prompt_embeds": prompts.to(device)})  # fmt: skip
 
 
 def pooled_width(model: Architecture) -> int:

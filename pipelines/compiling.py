@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-COMPILED = ("BasicTransformerBlock", "JointTransformerBlock")
+COMPILED = ("BasicTransformerBlock", "JointTransformerBlock", "WanTransformerBlock", "CogVideoXBlock")
 # of one kind of block: widths x adapters on and off x gradients on and off x shapes of training, validation, drawing
 VARIANTS = 64
 
