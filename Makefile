@@ -15,7 +15,7 @@ export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 INSTALL := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
-.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid bench-noise bench-noise-gpu league league-paid league-noise clean
+.PHONY: demo test test-slow lint types bench bench-gpu bench-rewards bench-inversion bench-paid bench-noise bench-noise-gpu league league-paid league-noise league-video clean
 
 demo: .venv/installed
 	$(BIN)/diffalign demo --out runs/demo
@@ -57,6 +57,10 @@ league-paid: .venv/installed
 # ways to look for better noise, on a distilled model; resumable, two hours of a core
 league-noise: .venv/installed
 	$(BIN)/python -m benchmarks.league_noise
+
+# preference learning and motion, on tiny-video; resumable, two hours of a core
+league-video: .venv/installed
+	$(BIN)/python -m benchmarks.league_video
 
 # inversion in batches against one picture at a time, on the CPU
 bench-inversion: .venv/installed
