@@ -25,7 +25,7 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(FAST)" -rs -n $(WORKERS) --dist loadfile tests
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m "$(SLOW)" -rs tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SLOW)" -rs -n $(WORKERS) --dist loadfile tests
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ def test_a_difference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         parity(work, PROMPTS[:1], (0,), "fast")
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "noise.json"
     arguments = ["--model", str(stable_diffusion()), "--iterations", "3", "--towers", "2", "--rounds", "1"]

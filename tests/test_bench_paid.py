@@ -12,6 +12,7 @@ from benchmarks import paid
 from benchmarks.paid import Meter, alignprop, compared, d3po, prdp, subject
 
 
+@pytest.mark.slow
 def test_shared_pairs_and_two_passes_have_the_plain_gradient_and_their_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
