@@ -1,7 +1,7 @@
 """Trains the autoencoder of tiny-video: clips of 9 frames of 64 pixels to 3 x 8 x 8 x 16 latents.
 
-    python -m diffalign.shapes.train_video_vae --out runs/tiny-video-vae-1 --frames 1 --batch 32 --steps 1500
-    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --steps 1500
+    python -m diffalign.shapes.train_video_vae --out runs/tiny-video-vae-1 --frames 1 --batch 16 --steps 700 --bf16
+    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --lr 5e-4 --bf16
 
 First pictures, which are clips of one frame to a causal VAE and cost a ninth, then clips. The loss is that of
 `train_vae`; what is saved has the mean and deviation of each channel of its latents, as Wan's has. A file beside it
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="folder of a VAE to go on with")
     parser.add_argument("--frames", type=int, choices=(1, FRAMES), default=FRAMES)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.998)
