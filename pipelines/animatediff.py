@@ -1,4 +1,4 @@
-"""AnimateDiff: Stable Diffusion 1.5, whose U-Net has motion modules between its layers; each frame has its own latent."""
+"""AnimateDiff: Stable Diffusion 1.5 with motion modules between the layers of its U-Net; each frame is a latent."""
 
 from __future__ import annotations
 
