@@ -43,6 +43,12 @@ def render_clip(moving: MovingScene, rng: random.Random, frames: int = FRAMES, s
     return np.stack(pictures)
 
 
+def one_frame(clip: Clip, rng: random.Random) -> Clip:
+    """Any frame of a clip, as a clip of one."""
+    place = rng.randrange(len(clip))
+    return clip[place : place + 1]
+
+
 def offsets(motion: Motion, travel: float, frames: int) -> list[tuple[float, float]]:
     """(dx, dy) at each frame from the first, in pixels, of something that goes `travel` pixels in a half."""
     half = (frames - 1) // HALVES

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from diffalign.seeds import mix
-from diffalign.shapes.clips import render_clip
+from diffalign.shapes.clips import one_frame, render_clip
 from diffalign.shapes.motion import sample_moving
 from diffalign.shapes.tiny_video import FRAMES, build_vae
 from diffalign.shapes.train_common import Learner, half_precision, learn, save_atomically
@@ -34,7 +34,7 @@ def clips(count: int, frames: int, seed: int) -> Tensor:
     rng = random.Random(seed)
     drawn = [render_clip(moving, rng, FRAMES) for moving in sample_moving("train", count, seed)]
     if frames == 1:
-        drawn = [clip[(place := rng.randrange(FRAMES)) : place + 1] for clip in drawn]
+        drawn = [one_frame(clip, rng) for clip in drawn]
     return torch.from_numpy(np.stack(drawn)).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
 
 

@@ -79,9 +79,10 @@ def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
         call(monkeypatch, train_video_vae, "--out", tmp_path / out, "--frames", 1, "--batch", 2, "--steps", steps,
              "--save-every", 2, *more)  # fmt: skip
 
-    def network(out: str, steps: int) -> None:
+    def network(out: str, steps: int, *more: object) -> None:
         call(monkeypatch, train_video, "--vae", tmp_path / "vae", "--out", tmp_path / out, "--batch", 2, "--pool", 4,
-             "--steps", steps, "--save-every", 2, "--eval-every", 4, "--teach-text", 2, "--draws", 2)  # fmt: skip
+             "--steps", steps, "--save-every", 2, "--eval-every", 4, "--teach-text", 2, "--draws", 2,
+             *more)  # fmt: skip
 
     monkeypatch.setattr(train_common, "cosine_lr", lambda *_, **__: 1e-3)  # the same for runs of another length
     vae("vae", 2)
@@ -101,6 +102,8 @@ def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
     stock.set_progress_bar_config(disable=True)
     frames = stock("a red circle moving left", height=64, width=64, num_frames=9, num_inference_steps=1).frames
     assert frames.shape == (1, 9, 64, 64, 3) and np.isfinite(frames).all()
+    network("frames", 4, "--frames", 1)
+    assert "frames that show the scene 0.000" in capsys.readouterr().out
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
