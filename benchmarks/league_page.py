@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from diffalign.methods import METHODS
 from diffalign.shapes.grammar import CATEGORIES, Scene
-from diffalign.statistics import bootstrap_mean, mean_gain
+from diffalign.statistics import Interval, bootstrap_mean, mean_gain
 from diffalign.writing import write_json, write_text
 
 PAID = ("d3po", "prdp", "ddpo", "dpok", "grpo", "pref_grpo", "nft", "alignprop", "draft", "draft_lv", "refl",
@@ -61,15 +61,26 @@ def write_page(folder: Path, scenes: Sequence[Scene]) -> None:
     categories = np.array([scene.category for scene in scenes])
     table = [entry for model in MODELS for entry in _of_model(model, rows, categories)]
     write_json(folder / "league.json", table, indent=1)
-    parts = [HEAD, verdicts(table)]
+    parts = [HEAD, verdicts(table, {name: pooled(rows, name) for name in METHODS if name not in ELSEWHERE})]
     for model in MODELS:
         lines = [_line(entry) for entry in table if entry["model"] == model]
         parts += [f"## {model}\n\n", table_row(COLUMNS), table_row(["---"] * len(COLUMNS)), *lines, "\n"]
     write_text(folder / "README.md", "".join(parts))
 
 
-def verdicts(table: Sequence[dict[str, Any]]) -> str:
-    """On how many models each method beats the base with its interval above 0."""
+def pooled(rows: Sequence[dict[str, Any]], method: str) -> Interval | None:
+    """The gain of a method over the base in the mean of the models that it ran on, which have the same captions."""
+    gains = []
+    for model in MODELS:
+        base = [row for row in rows if row["model"] == model and row["method"] == "base"]
+        own = [numbers(row["passed"]) for row in rows if row["model"] == model and row["method"] == method]
+        if base and own:
+            gains.append(np.mean(own, 0) - numbers(base[0]["passed"]))
+    return bootstrap_mean(np.mean(gains, 0), np.random.default_rng(0)) if gains else None
+
+
+def verdicts(table: Sequence[dict[str, Any]], together: Mapping[str, Interval | None]) -> str:
+    """On how many models each method beats the base with its interval above 0, and what it gains on all `together`."""
     ran: dict[str, list[str]] = {}
     above: dict[str, list[str]] = {}
     for entry in table:
@@ -79,11 +90,18 @@ def verdicts(table: Sequence[dict[str, Any]]) -> str:
     if not ran:
         return ""
     twice = [name for name, models in above.items() if len(models) > 1]
-    once = [f"{name} ({models[0]} of {', '.join(ran[name])})" for name, models in above.items() if len(models) == 1]
-    never = [f"{name} ({', '.join(ran[name])})" for name, models in above.items() if not models]
+    once = [f"{name} ({models[0]}; {_all(ran[name], together.get(name))})"
+            for name, models in above.items() if len(models) == 1]  # fmt: skip
+    never = [f"{name} ({_all(ran[name], together.get(name))})" for name, models in above.items() if not models]
     said = {"two models or more": twice, "one of those that they ran on": once, "none of them": never}
     lines = [f"- on {where}: {', '.join(names) or 'no method'}\n" for where, names in said.items()]
     return "The gain over the base has its interval above 0\n\n" + "".join(lines) + "\n"
+
+
+def _all(models: Sequence[str], gain: Interval | None) -> str:
+    said = "" if gain is None else f" {100 * gain.estimate:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    where = "all three" if len(models) == len(MODELS) else " and ".join(models)
+    return f"{where}{' together' if len(models) > 1 else ''}{said}"
 
 
 def _of_model(model: str, rows: Sequence[dict[str, Any]], categories: np.ndarray) -> list[dict[str, Any]]:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import league
 from benchmarks.league import BUDGET, Drawn, Probe, Trained, method_row, probed
-from benchmarks.league_page import MODELS, verdicts, write_page
+from benchmarks.league_page import MODELS, pooled, verdicts, write_page
 from diffalign.shapes.grammar import sample_scenes
+from diffalign.statistics import Interval
 from diffalign.trainer import RunResult
 
 COST = 128  # evaluations of a step
@@ -101,12 +104,25 @@ def test_the_page_says_on_how_many_models_a_method_gains() -> None:
     gains = {"dpo": (0.01, 0.02, -0.01), "kto": (0.01, -0.01), "sft": (-0.1,)}
     table = [{"model": model, "method": method, "gain": low + 0.05, "gain_ci95": [low, low + 0.1]}
              for method, lows in gains.items() for model, low in zip(MODELS, lows, strict=False)]  # fmt: skip
-    said = verdicts([{"model": "tiny-sd", "method": "base", "gain": 0.0}, *table, {"model": "x", "method": "spin"}])
+    table = [{"model": "tiny-sd", "method": "base", "gain": 0.0}, *table, {"model": "x", "method": "spin"}]
+    said = verdicts(table, {"kto": Interval(0.012, -0.001, 0.03)})
     assert said.splitlines()[2:5] == [
         "- on two models or more: dpo",
-        "- on one of those that they ran on: kto (tiny-sd of tiny-sd, tiny-sdxl)",
+        "- on one of those that they ran on: kto (tiny-sd; tiny-sd and tiny-sdxl together +1.2 [-0.1, +3.0])",
         "- on none of them: sft (tiny-sd)",
     ]
+
+
+def test_gains_of_models_are_pooled_by_caption() -> None:
+    def told(model: str, method: str, passed: str) -> dict[str, Any]:
+        return {"model": model, "method": method, "passed": passed}
+
+    rows = [told("tiny-sd", "base", "0000"), told("tiny-sd", "dpo", "1100"), told("tiny-sd", "dpo", "1000"),
+            told("tiny-sdxl", "base", "1111"), told("tiny-sdxl", "dpo", "0111"),
+            told("tiny-sd3", "dpo", "1111")]  # fmt: skip
+    found = pooled(rows, "dpo")
+    assert found is not None and found.estimate == pytest.approx(np.mean([0.0, 0.25, 0.0, 0.0]))
+    assert pooled(rows, "kto") is None
 
 
 def test_the_page_names_what_has_not_run(runs: Runs, tmp_path: Path) -> None:
@@ -114,7 +130,7 @@ def test_the_page_names_what_has_not_run(runs: Runs, tmp_path: Path) -> None:
     row(tmp_path)
     write_page(tmp_path, SCENES)
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert "- on none of them: dpo (tiny-sd)" in lines  # base and row pass everything here
+    assert "- on none of them: dpo (tiny-sd +0.0 [+0.0, +0.0])" in lines  # base and row pass everything here
     [dpo] = [line for line in lines if line.startswith("| dpo |") and "not run" not in line]
     assert (
         "100.0" in dpo
