@@ -35,10 +35,12 @@ Read it with this in mind. The pictures are each model's own, drawn at guidance 
 teaches guidance a second time: SFT on tiny-sd loses with them and stays where it was (-0.6 [-3.3, 2.2] on 360
 validation captions) with as many pictures drawn without guidance, with which `dpo` gains less (+1.1 [-2.2, 4.4] in
 place of +6.9 [3.3, 10.6]); this was measured once, by demo_sweep.py on pictures of league_data.py with its
-GUIDANCE_SCALE at 1. Methods that set a caption against another one of the same picture (tdpo, tkto) strengthen what
-the caption says, as guidance does, and at the league's guidance of 4.5 more of it does not help. Methods that draw
-(seppo, spin, dro, online_dpo) have made 20 to 40 steps when the budget is spent, those that invert (inpo, smpo,
-inversion_dpo) 16 to 27, where dpo has made 155.
+GUIDANCE_SCALE at 1. mapo has no reference and the winner's own error in its loss, so it imitates too. Methods that set
+a caption against another one of the same picture (tdpo, tkto) strengthen what the caption says, as guidance does, and
+at the league's guidance of 4.5 more of it does not help. Methods that draw (seppo, spin, dro, online_dpo) have made 20
+to 40 steps when the budget is spent, those that invert (inpo, smpo, inversion_dpo) 16 to 32, where dpo has made 155, so
+they end a third as far from the base. With one seed an interval is about two points to either side: inpo and smpo gain
+on each of the three models, and one seed is too few to tell that from nothing on two of them.
 
 """
 COLUMNS = (
