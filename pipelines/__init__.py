@@ -16,10 +16,10 @@ from diffalign.pipelines.parts import check_all_parts
 from diffalign.table import resolve
 
 PIPELINES: dict[str, str] = {
-    "AnimateDiffPipeline": "diffalign.pipelines.animatediff:AnimateDiff",
     "StableDiffusionPipeline": "diffalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:StableDiffusion3",
+    "AnimateDiffPipeline": "diffalign.pipelines.animatediff:AnimateDiff",
     "CogVideoXPipeline": "diffalign.pipelines.cogvideox:CogVideoX",
     "WanPipeline": "diffalign.pipelines.wan:Wan",
 }
