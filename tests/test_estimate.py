@@ -108,7 +108,7 @@ def test_full_fine_tuning_with_a_frozen_copy_holds_both():
 
 
 def test_time_is_flops_over_the_printed_rate():
-    run = config("sdxl", 1024, train_batch_size=2, gradient_accumulation_steps=3)
+    run = config("sd15", 512, train_batch_size=2, gradient_accumulation_steps=3)
     found = estimate(run)
     assert found.seconds_per_step(run, CARDS["H200"]) == pytest.approx(6 * found.pair_flops / 989e12)
 
