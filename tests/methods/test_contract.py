@@ -75,16 +75,18 @@ def rows(batch: Noised, index: int, pairs_in_batch: int) -> Noised:
                    label=batch.label[index : index + 1], reference_errors=known, aux=aux)  # fmt: skip
 
 
-LEAST_MOVE = 0.02  # of each prompt's mean in forty steps, on the winners' side; a bounded link (IPO) stops early
+STEPS = {"d3po": 40, "d3po-pairs": 40}  # whose few pictures of a prompt make its steps noisy; of the others
+FEW = 12
+LEAST_MOVE = 0.02  # of each prompt's mean in so many, on the winners' side; a bounded link (IPO) stops early
 
 
 @pytest.mark.parametrize(("process", "kind"), ROWS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forty_steps_move_towards_the_winners(variant: str, process: str, kind: str) -> None:
+def test_some_steps_move_towards_the_winners(variant: str, process: str, kind: str) -> None:
     policy, reference = networks(process, kind)
     rule = method(variant)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
-    for step in range(40):
+    for step in range(STEPS.get(variant, FEW)):
         state = run(policy, reference, seed=step)
         with torch.no_grad():
             batches = rule.prepare(state, batch_for(rule, 64, step))
