@@ -187,14 +187,16 @@ def held_out() -> list[Scene]:
     return [parse(prompt.text) for prompt in read_prompts(str(asset("prompts/shapes-heldout.jsonl")))[:DRAWS]]
 
 
-def drawn(model: str, lora: Path | None, scenes: Sequence[Scene], steps: int = 20) -> Drawn:
+def drawn(
+    model: str, lora: Path | None, scenes: Sequence[Scene], steps: int = 20, guidance: float = GUIDANCE_SCALE
+) -> Drawn:  # fmt: skip
     """The held-out pictures of a model."""
     pipe = loaded(model)
     if lora:
         load_lora(pipe, lora)
     prompts = [str(scene) for scene in scenes]
     seeds = range(SEED_OF_DRAWS, SEED_OF_DRAWS + len(prompts))
-    pixels = generate(pipe, prompts, seeds=seeds, steps=steps, batch_size=60, guidance_scale=GUIDANCE_SCALE)
+    pixels = generate(pipe, prompts, seeds=seeds, steps=steps, batch_size=60, guidance_scale=guidance)
     pictures = to_pictures(pixels)
     passed = [int(verify(np.asarray(p), s).ok) for p, s in zip(pictures, scenes, strict=True)]
     with torch.no_grad():

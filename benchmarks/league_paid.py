@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.league import DRAWS, Drawn, drawn, held_out, keys_of, overrides, probed, trained
+from benchmarks.league import DRAWS, GUIDANCE_SCALE, Drawn, drawn, held_out, keys_of, overrides, probed, trained
 from benchmarks.league_data import league_data, loaded, settings
 from benchmarks.league_page import MODELS, PAID
 from benchmarks.league_paid_page import FOLDER, write_page
@@ -39,7 +39,7 @@ from diffalign.telemetry import drift
 from diffalign.writing import write_json
 
 BUDGET = 300_000
-STEPS = 10  # of sampling, as the rollouts have; guidance is the league's
+STEPS, GUIDANCE = 10, 1.0  # of held-out captions, as the rollouts have them
 POINTS = 6
 VERIFIER = "rewards={shapes: {mode: score}, tiny-clip: 0}"
 LEARNED = "rewards={tiny-clip: 1.0, shapes: {mode: score, weight: 0}}"
@@ -72,12 +72,15 @@ ROWS = {row.name: row for row in (
 
 def base_row(model: str, scenes: Sequence[Scene], work: Path) -> Drawn:
     """The model as it ships, drawn as these rows are."""
-    key = hashlib.sha256(f"{settings(model)}/{DRAWS}/{STEPS}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{settings(model)}/{DRAWS}/{STEPS}/{GUIDANCE}".encode()).hexdigest()[:16]
     pictures, file = work / f"base-paid-{key}.pt", FOLDER / "rows" / f"{model}-base.json"
     if not pictures.exists():
-        torch.save(vars(drawn(model, None, scenes, STEPS)), pictures)
-    base = Drawn(**torch.load(pictures))
-    write_json(file, {"model": model, "row": "base", "key": key, **point(0, base)}, indent=1)
+        both = {guidance: vars(drawn(model, None, scenes, STEPS, guidance)) for guidance in (GUIDANCE, GUIDANCE_SCALE)}
+        torch.save(both, pictures)
+    base, guided = (Drawn(**one) for one in torch.load(pictures).values())
+    write_json(
+        file, {"model": model, "row": "base", "key": key, **point(0, base), "guided": point(0, guided)}, indent=1
+    )
     return base
 
 
@@ -105,16 +108,17 @@ def run_row(row: Row, model: str, seed: int, scenes: Sequence[Scene], base: Draw
     run = trained(config, [*changes, *kept], probe.steps, folder, goes_on=not again)
     points, last = [], base
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step):
-        last = drawn(model, as_lora(checkpoint, model, work / "paid-lora"), scenes, STEPS)
+        last = drawn(model, as_lora(checkpoint, model, work / "paid-lora"), scenes, STEPS, GUIDANCE)
         points.append(point(round(probe.evaluations * _step(checkpoint) / probe.steps), last))
         gain, learned = np.mean(last.passed) - np.mean(base.passed), np.mean(last.learned)
         print(f"{model} {row.name} {points[-1]['evaluations']}: gain {gain:+.3f}, learned {learned:.2f}", flush=True)
+    guided = drawn(model, run.folder, scenes, STEPS, GUIDANCE_SCALE)
     write_json(file, {
         "model": model, "row": row.name, "method": row.method, "pay": row.pay, "seed": seed, "keys": keys,
         "probe": probe.mark, "steps": probe.steps, "examples": probe.steps * run.examples,
         "evaluations": probe.evaluations, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "seconds": round(spent(folder, run.examples), 1), "points": points,
-        "drift": float(drift(last.pixels, base.pixels).mean()),
+        "guided": point(probe.evaluations, guided), "drift": float(drift(last.pixels, base.pixels).mean()),
     }, indent=1)  # fmt: skip
 
 

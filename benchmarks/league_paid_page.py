@@ -24,16 +24,17 @@ HEAD = """# The league of methods that are paid
 
 What methods that are paid by a reward come to in 300,000 evaluations of the network, and the others at that budget.
 `make league-paid` fills it in, `benchmarks/league_paid.py` says how. Rollouts, updates and held-out captions have ten
-steps and guidance 4.5; rates are of 540 captions, with paired bootstrap intervals of 95 %. A name ends in who pays:
-`verifier`, whose score is a black box, `tiny-clip`, a learned reward that can be fooled, or `wins`, shares of wins by
-the verifier's score. "From" is the first of six looks at which the gain of the pass rate has its interval above 0;
-"tiny-clip" is the mean of the learned reward, whoever pays.
+steps and no guidance, "guided" is the gain where the end point is drawn with guidance 4.5; rates are of 540 captions,
+with paired bootstrap intervals of 95 %. A name ends in who pays: `verifier`, whose score is a black box, `tiny-clip`, a
+learned reward that can be fooled, or `wins`, shares of wins by the verifier's score. "From" is the first of six looks
+at which the gain of the pass rate has its interval above 0; "tiny-clip" is the mean of the learned reward, whoever
+pays.
 
 A row that has not run is shown as such: one takes one to two hours on a core.
 
 """
-COLUMNS = ("row", "seeds", "all", "gain", *CATEGORIES, "from", "tiny-clip", "gain of tiny-clip", "distance", "steps",
-           "time")  # fmt: skip
+COLUMNS = ("row", "seeds", "all", "gain", *CATEGORIES, "from", "guided", "tiny-clip", "gain of tiny-clip", "distance",
+           "steps", "time")  # fmt: skip
 
 
 def write_page(names: Sequence[str], scenes: Sequence[Scene], folder: Path = FOLDER) -> None:
@@ -63,7 +64,8 @@ def _entries(
     idle = [{"model": model, "row": name, "seeds": []} for name, some in done.items() if not some or base is None]
     if base is None:
         return [{"model": model, "row": "base", "seeds": []}, *idle]
-    start = {"model": model, "row": "base", "seeds": [], "points": [_point([base], base)], **_rates([base], kinds)}
+    start = {"model": model, "row": "base", "seeds": [], "points": [_point([base], base)], **_rates([base], kinds),
+             "guided": _point([base["guided"]], base["guided"])}  # fmt: skip
     ran = [_entry(model, name, some, base, kinds) for name, some in done.items() if some]
     return [start, *sorted(ran, key=lambda entry: -entry["points"][-1]["gain"]), *idle]
 
@@ -74,8 +76,9 @@ def _entry(
     looks = zip(*(row["points"] for row in rows), strict=True)
     points = [_point([base], base), *(_point(look, base) for look in looks)]
     shown = {key: float(np.mean([row[key] for row in rows])) for key in ("drift", "steps", "seconds")}
+    guided = _point([row["guided"] for row in rows], base["guided"])
     return {"model": model, "row": name, "seeds": [row["seed"] for row in rows], "points": points, **shown,
-            **_rates([row["points"][-1] for row in rows], kinds)}  # fmt: skip
+            "guided": guided, **_rates([row["points"][-1] for row in rows], kinds)}  # fmt: skip
 
 
 def _point(looks: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
@@ -100,17 +103,23 @@ def _line(entry: dict[str, Any]) -> str:
         return table_row([entry["row"], "not run", *[""] * (len(COLUMNS) - 2)])
     last, rates = entry["points"][-1], [f"{100 * rate:.1f}" for rate in entry["per_category"].values()]
     if entry["row"] == "base":
-        return table_row(["base", "", f"{100 * last['pass_mean']:.1f}", "", *rates, "", f"{last['learned_mean']:.2f}",
-                          *[""] * 4])  # fmt: skip
-    low, high = (100 * value for value in last["gain_ci95"])
+        guided = f"({100 * entry['guided']['pass_mean']:.1f})"
+        return table_row(["base", "", f"{100 * last['pass_mean']:.1f}", "", *rates, "", guided,
+                          f"{last['learned_mean']:.2f}", *[""] * 4])  # fmt: skip
     above = [point["evaluations"] for point in entry["points"] if point["gain_ci95"][0] > 0]
     return table_row([
         entry["row"], " ".join(map(str, entry["seeds"])), f"{100 * last['pass_mean']:.1f}",
-        f"{100 * last['gain']:+.1f} [{low:+.1f}, {high:+.1f}]", *rates, f"{min(above):,.0f}" if above else "not",
+        _gain(last), *rates, f"{min(above):,.0f}" if above else "not", _gain(entry["guided"]),
         f"{last['learned_mean']:.2f}",
         "{:+.2f} [{:+.2f}, {:+.2f}]".format(last["learned_gain"], *last["learned_gain_ci95"]),
         f"{entry['drift']:.3f}", f"{entry['steps']:.0f}", f"{entry['seconds']:.0f} s",
     ])  # fmt: skip
+
+
+def _gain(point: dict[str, Any]) -> str:
+    """Of the pass rate, in points, with its interval."""
+    low, high = (100 * value for value in point["gain_ci95"])
+    return f"{100 * point['gain']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _curves(entries: Sequence[dict[str, Any]], file: Path) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Explorer:
         noise_level: its level; None is that of its paper.
         group: pictures per prompt.
         same_start: whether those of a prompt start from one noise.
-        window: random steps, at a place in the first half that every rollout draws; 0 is all but the last.
+        window: random steps; 0 is all but the last.
+        window_start: the first of them, counted from 0; None is a place in the first half that every rollout draws.
         at_once: pictures in one call of the network.
         store: float32 | bfloat16 | float16, of what is kept.
         spread: whether each of several ranks draws a share of every group (`diffalign.groups`), all from one start if
@@ -60,6 +61,7 @@ class Explorer:
     group: int = 1
     same_start: bool = False
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -77,6 +79,16 @@ class Explorer:
         if not 0 <= self.window < self.steps:
             raise ValueError(f"method.window: expected 0, or fewer random steps than method.steps, which is "
                              f"{self.steps}, got {self.window}")  # fmt: skip
+        latest = self.steps - 1 - self.window  # the last step is not random
+        if self.window_start is not None and not (self.window and 0 <= self.window_start <= latest):
+            why = f"one of the steps 0 to {latest}" if self.window else "method.window above 0 with it"
+            raise ValueError(f"method.window_start: expected {why}, or leave it out, got {self.window_start}")
+
+    @classmethod
+    def of(cls, method: object, **changes: Any) -> Explorer:
+        """As a method's keywords of the same names say, apart from changes."""
+        told = {key.name: getattr(method, key.name) for key in fields(cls) if hasattr(method, key.name)}
+        return cls(**told | changes)
 
     def parts(self, start: int, stop: int) -> Iterator[slice]:
         """Pictures start:stop as the network is called on them: whole prompts where they fit, else parts of one."""
@@ -201,7 +213,8 @@ def _window(how: Explorer, generator: torch.Generator) -> range:
     if not how.window:
         return range(how.steps - 1)
     latest = max(0, how.steps // 2 - how.window)
-    start = int(torch.randint(latest + 1, (1,), generator=generator))
+    drawn = int(torch.randint(latest + 1, (1,), generator=generator))
+    start = drawn if how.window_start is None else how.window_start
     return range(start, start + how.window)
 
 

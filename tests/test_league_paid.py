@@ -48,8 +48,10 @@ class Runs:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return Trained(folder, COST * steps, 1.0, 8, {"loss": 0.5, "grad_norm": 2.0})
 
-    def draw(self, model: str, lora: Path | None, scenes: Sequence[Any], steps: int) -> Drawn:
+    def draw(self, model: str, lora: Path | None, scenes: Sequence[Any], steps: int, guidance: float) -> Drawn:
         assert steps == 10
+        if guidance != 1:
+            return Drawn(torch.zeros(12, 3, 4, 4), [1] * (11 if lora else 10) + [0] * (1 if lora else 2), [90.0] * 12)
         self.looks += lora is not None
         passed = [1] * (3 + self.looks) + [0] * (9 - self.looks)
         return Drawn(torch.full((12, 3, 4, 4), 0.1 * self.looks), passed, [80.0 + self.looks] * 12)
@@ -107,6 +109,8 @@ def test_the_page_says_from_when_on_a_row_gains(runs: Runs, tmp_path: Path) -> N
     run("grpo-verifier", tmp_path)
     write_page(list(ROWS), SCENES, folder)
     lines = (folder / "README.md").read_text().splitlines()
+    assert "| (83.3) |" in next(line for line in lines if line.startswith("| base"))  # 10 of 12, with guidance
+    assert "| +8.3 [" in next(line for line in lines if line.startswith("| grpo-verifier"))  # 11 of 12
     [line] = [line for line in lines if line.startswith("| grpo-verifier | 0 |")]
     assert "| 75.0 | +50.0 [" in line and "| 86.00 | +6.00 [+6.00, +6.00] |" in line
     entry = next(e for e in json.loads((folder / "league.json").read_text()) if e["row"] == "grpo-verifier")

@@ -44,8 +44,8 @@ class D3PO:
         mode: shared | pairs: which microbatches are made; the gradient is the same. Several processes are to call the
             network equally often, and ties are not equally many on all: there it is shared.
         updates: optimizer steps on one rollout, each on its own share of the prompts.
-        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store: how pictures are
-            drawn, see `diffalign.episodes.Explorer`; shared takes whole groups at once, however large.
+        steps, guidance, dynamics, noise_level, group, same_start, window, window_start, at_once, store: how pictures
+            are drawn, see `diffalign.episodes.Explorer`; shared takes whole groups at once, however large.
 
     Metrics: `reward`, `missing`, `same` as in `ddpo`; `pairs` of a prompt; `outside`, the share of pictures whose q is
     clamped.
@@ -68,6 +68,7 @@ class D3PO:
     group: int = 2
     same_start: bool = True
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
 
@@ -82,9 +83,7 @@ class D3PO:
     @property
     def explorer(self) -> Explorer:
         # a microbatch of `shared` has whole groups, and the rollout is drawn as it will be replayed
-        at_once = max(self.at_once, self.group)
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, self.same_start,
-                        self.window, at_once, self.store)  # fmt: skip
+        return Explorer.of(self, at_once=max(self.at_once, self.group))
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         how = self.explorer

@@ -36,8 +36,8 @@ class DDPO:
         advantage: batch | group | global | centre, see `diffalign.advantages`.
         combine: sum | per_reward | gdpo | pareto, of several rewards.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, window, at_once, store, spread: how pictures are drawn, see
-            `diffalign.episodes.Explorer`; guidance is the same in the replay.
+        steps, guidance, dynamics, noise_level, group, window, window_start, at_once, store, spread: how pictures are
+            drawn, see `diffalign.episodes.Explorer`; guidance is the same in the replay.
 
     Metrics: `reward`, `missing` (pictures without a score), `same` (of prompts whose pictures all got one score),
     `ratio_off` |r - 1|, `clipped`.
@@ -60,6 +60,7 @@ class DDPO:
     noise_level: float | None = None
     group: int = 1
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -75,8 +76,7 @@ class DDPO:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group,
-                        window=self.window, at_once=self.at_once, store=self.store, spread=self.spread)  # fmt: skip
+        return Explorer.of(self)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {

@@ -38,7 +38,7 @@ class DPOK:
         kl_weight: w_kl; 0 saves the reference's evaluations.
         clip: c.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, window, at_once, store, spread: see
+        steps, guidance, dynamics, noise_level, group, window, window_start, at_once, store, spread: see
             `diffalign.episodes.Explorer`.
 
     Metrics: those of `ddpo`, and `kl`, the squared difference of the two predictions.
@@ -60,6 +60,7 @@ class DPOK:
     noise_level: float | None = None
     group: int = 1
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -71,8 +72,7 @@ class DPOK:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group,
-                        window=self.window, at_once=self.at_once, store=self.store, spread=self.spread)  # fmt: skip
+        return Explorer.of(self)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {

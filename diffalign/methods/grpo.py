@@ -45,8 +45,8 @@ class GRPO:
         advantage: global | group | centre | batch, see `diffalign.advantages`.
         combine: sum | per_reward | gdpo | pareto, of several rewards.
         updates: optimizer steps on one rollout, each on its own share of the pictures.
-        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store, spread: how pictures are
-            drawn, see `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, same_start, window, window_start, at_once, store, spread: how
+            pictures are drawn, see `diffalign.episodes.Explorer`.
 
     Metrics: those of `ddpo`, and `kl`.
 
@@ -70,6 +70,7 @@ class GRPO:
     group: int = 24
     same_start: bool = False
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
     spread: bool = False
@@ -84,8 +85,7 @@ class GRPO:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, self.same_start,
-                        self.window, self.at_once, self.store, self.spread)  # fmt: skip
+        return Explorer.of(self)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         return draw_and_replay(run, batch, self.explorer, self.updates, lambda scores: {

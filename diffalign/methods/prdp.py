@@ -48,8 +48,8 @@ class PRDP:
             together as well, and asks for no list of pairs, which pays in large groups.
         reduction: mean | sum of the steps.
         updates: optimizer steps on one rollout, K.
-        steps, guidance, dynamics, noise_level, group, same_start, window, at_once, store: how pictures are drawn, see
-            `diffalign.episodes.Explorer`.
+        steps, guidance, dynamics, noise_level, group, same_start, window, window_start, at_once, store: how pictures
+            are drawn, see `diffalign.episodes.Explorer`.
 
     Metrics: `reward`, `missing`, `same` as in `ddpo`; `pairs` of a prompt; `unused`, the share of steps whose weight is
     exactly 0.
@@ -73,6 +73,7 @@ class PRDP:
     group: int = 8
     same_start: bool = False
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
 
@@ -85,8 +86,7 @@ class PRDP:
 
     @property
     def explorer(self) -> Explorer:
-        return Explorer(self.steps, self.guidance, self.dynamics, self.noise_level, self.group, self.same_start,
-                        self.window, self.at_once, self.store)  # fmt: skip
+        return Explorer.of(self)
 
     def prepare(self, run: Run, batch: Batch) -> Sequence[Noised]:
         how = self.explorer

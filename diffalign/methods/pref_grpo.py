@@ -42,6 +42,7 @@ class PrefGRPO:
     noise_level: float | None = None
     group: int = 8
     window: int = 0
+    window_start: int | None = None
     at_once: int = 8
     store: str = "float32"
 

@@ -43,9 +43,10 @@ def start_on_pictures(vae: AutoencoderKLWan) -> None:
     """Weights to start training from: those of a VAE of pictures, laid over time.
 
     Each convolution keeps the variance of its input, without biases, and looks at the newest frame alone; those over
-    time pass frames on. With torch's own start biases outweigh the signal, which norms over channels cannot undo as
-    norms over space do: after 700 steps such a VAE drew flat gray, while this one has outlines after 150. The posterior
-    begins narrow, or its noise hides what the decoder is to learn from.
+    time pass frames on, so that a latent frame is that of the last of its four pictures. With torch's own start biases
+    outweigh the signal, which norms over channels cannot undo as norms over space do: after 700 steps such a VAE drew
+    flat gray, while this one has outlines after 150. The posterior begins narrow, or its noise hides what the decoder
+    is to learn from.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Conv3d) or "attentions" in name:
@@ -62,10 +63,8 @@ def start_on_pictures(vae: AutoencoderKLWan) -> None:
 
 
 def _passing(made: int, channels: int) -> torch.Tensor:
-    """Weights [made, channels, 3, 1, 1] over time: the mean of three frames, or the newest one twice."""
+    """Weights [made, channels, 3, 1, 1] over time: the newest of three frames, as often as there is room for it."""
     same = torch.eye(channels)[:, :, None, None, None]
-    if made == channels:
-        return same.expand(-1, -1, 3, -1, -1) / 3
     return F.pad(same, (0, 0, 0, 0, 2, 0)).repeat(made // channels, 1, 1, 1, 1)
 
 

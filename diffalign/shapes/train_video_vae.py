@@ -1,9 +1,11 @@
 """Trains the autoencoder of tiny-video: clips of 9 frames of 64 pixels to 3 x 8 x 8 x 16 latents.
 
     python -m diffalign.shapes.train_video_vae --out runs/tiny-video-vae-1 --frames 1 --batch 16 --steps 700 --bf16
-    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --lr 5e-4 --bf16
+    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --decoder --bf16
 
-First pictures, which are clips of one frame to a causal VAE and cost a ninth, then clips. The loss is that of
+First pictures, which are clips of one frame to a causal VAE and cost a ninth, then clips. Begun as it is
+(`tiny_video.start_on_pictures`), the encoder of pictures keeps one picture in four, and the decoder alone has to learn
+what was between: the latents stay as they are, and a transformer can learn on them meanwhile. The loss is that of
 `train_vae`; what is saved has the mean and deviation of each channel of its latents, as Wan's has. A file beside it
 (OUT.state.pt) continues a killed run where it stopped.
 """
@@ -40,7 +42,8 @@ def clips(count: int, frames: int, seed: int) -> Tensor:
 
 def loss(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
     """Reconstruction and KL of clips in [-1, 1]."""
-    posterior = vae.encode(x).latent_dist
+    with torch.set_grad_enabled(any(weight.requires_grad for weight in vae.encoder.parameters())):
+        posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum() / (len(x) * x.shape[2])
     return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + KL_WEIGHT * kl
@@ -74,7 +77,8 @@ class Trainer:
 
     def save(self) -> None:
         with self.learner.averaged():
-            set_scales(self.vae, self.args)
+            if not self.args.decoder:
+                set_scales(self.vae, self.args)
             save_atomically(self.vae, self.args.out)
         self.learner.save_state()
 
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="folder of a VAE to go on with")
     parser.add_argument("--frames", type=int, choices=(1, FRAMES), default=FRAMES)
+    parser.add_argument("--decoder", action="store_true", help="the encoder and its scales stay as they are")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -106,6 +111,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae()
+    if args.decoder:
+        vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
     trainer = Trainer(vae, args)
     trainer.learner.resume()
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.3f}M parameters", flush=True)

@@ -146,6 +146,14 @@ def test_a_window_is_random_in_the_first_half_alone() -> None:
     assert starts == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("start", [0, 4, 7])
+def test_a_window_begins_where_it_is_told_to(start: int) -> None:
+    policy, reference = networks("flow", "flow")
+    state = run(policy, reference)
+    episodes = explore(state, policy, prompts(2), Explorer(10, 1.0, window=2, window_start=start, group=2))
+    assert torch.equal(episodes.times, state.times(10)[start : start + 3])
+
+
 def test_the_last_step_leaves_no_noise() -> None:
     """Two walks that differ in their noise alone end where the network sees their picture in the last state."""
     policy, reference = networks("flow", "flow")
@@ -161,6 +169,8 @@ def test_the_last_step_leaves_no_noise() -> None:
     [
         ({"steps": 1, "guidance": 1.0}, "method.steps: expected at least 2"),
         ({"steps": 4, "guidance": 1.0, "window": 4}, "method.window"),
+        ({"steps": 4, "guidance": 1.0, "window": 2, "window_start": 2}, "method.window_start: .* 0 to 1, .* got 2"),
+        ({"steps": 4, "guidance": 1.0, "window_start": 0}, "method.window_start: expected method.window above 0"),
         ({"steps": 4, "guidance": -1.0}, "method.guidance"),
         ({"steps": 4, "guidance": 1.0, "noise_level": 0.0}, "method.noise_level"),
         ({"steps": 4, "guidance": 1.0, "store": "int8"}, "method.store: expected one of float32"),
