@@ -108,11 +108,12 @@ def main() -> None:
     parser.add_argument("--advantage", default="group", choices=ADVANTAGES)
     parser.add_argument("--dynamics", default="auto")
     parser.add_argument("--noise-level", type=float)
+    parser.add_argument("--same-start", action="store_true", help="pictures of a caption begin with one noise")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     pipe = loaded(args.model)
     parameters = attach_lora(pipe, rank=16, seed=0)
-    how = Explorer(args.steps, args.guidance, args.dynamics, args.noise_level, args.group, at_once=32)
+    how = Explorer(args.steps, args.guidance, args.dynamics, args.noise_level, args.group, args.same_start, at_once=32)
     every = []
     for number in range(args.rollouts):
         prompts = [str(scene) for scene in sample_scenes("train", args.captions, 1000 + number)]

@@ -71,6 +71,16 @@ def test_a_fresh_vae_is_one_of_pictures_that_stand_still() -> None:
         assert ((y - y[:, :, :1]).abs().max() < 1e-3 * y.std()) == stands
 
 
+@torch.no_grad()
+def test_a_fresh_vae_keeps_the_last_of_four_pictures() -> None:
+    torch.manual_seed(0)
+    vae, x = build_vae(), clips(2, 9, seed=0)
+    latents = vae.encode(x).latent_dist.mean
+    alone = torch.cat([vae.encode(x[:, :, k : k + 1]).latent_dist.mean for k in (0, 4, 8)], 2)
+    torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4 * float(alone.std()))
+    assert (alone[:, :, 1:] - alone[:, :, :1]).abs().max() > 0.1 * alone.std()  # things do move
+
+
 @pytest.mark.slow
 def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -92,6 +102,11 @@ def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
     one, other = (AutoencoderKLWan.from_pretrained(tmp_path / name) for name in ("vae", "whole"))
     same(one.state_dict(), other.state_dict())
     assert len(one.config.latents_std) == CHANNELS and not np.allclose(one.config.latents_std, 1.0)
+    vae("decoder", 2, "--init", tmp_path / "vae", "--decoder")
+    sharper = AutoencoderKLWan.from_pretrained(tmp_path / "decoder")
+    same(one.encoder.state_dict(), sharper.encoder.state_dict())
+    assert sharper.config.latents_std == one.config.latents_std
+    assert not torch.equal(one.decoder.conv_in.weight, sharper.decoder.conv_in.weight)
     network("net", 2)
     network("net", 4)
     network("all", 4)
