@@ -1,7 +1,10 @@
-"""Trains the autoencoder of tiny-video: clips of 9 frames of 64 pixels to 3 x 8 x 8 x 16 latents.
+r"""Trains the autoencoder of tiny-video: clips of 9 frames of 64 pixels to 3 x 8 x 8 x 16 latents.
 
     python -m diffalign.shapes.train_video_vae --out runs/tiny-video-vae-1 --frames 1 --batch 16 --steps 700 --bf16
-    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae --decoder --bf16
+    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-1 --out runs/tiny-video-vae-2 --frames 1 \
+        --batch 16 --decoder --lr 1.5e-3 --steps 1200 --bf16
+    python -m diffalign.shapes.train_video_vae --init runs/tiny-video-vae-2 --out runs/tiny-video-vae --decoder \
+        --lr 1e-3 --bf16
 
 First pictures, which are clips of one frame to a causal VAE and cost a ninth, then clips. Begun as it is
 (`tiny_video.start_on_pictures`), the encoder of pictures keeps one picture in four, and the decoder alone has to learn
