@@ -30,7 +30,8 @@ learned reward that can be fooled, or `wins`, shares of wins by the verifier's s
 at which the gain of the pass rate has its interval above 0; "tiny-clip" is the mean of the learned reward, whoever
 pays.
 
-A row that has not run is shown as such: one takes one to two hours on a core.
+Methods that learn from their own steps do so from the first six of ten: "Rollouts" in docs/methods.md says why. A row
+that has not run is shown as such: one takes about an hour of a core.
 
 """
 COLUMNS = ("row", "seeds", "all", "gain", *CATEGORIES, "from", "guided", "tiny-clip", "gain of tiny-clip", "distance",
