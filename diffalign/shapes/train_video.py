@@ -36,7 +36,7 @@ from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES
 from diffalign.shapes.motion import DIRECTIONS, SPEEDS, MovingScene, sample_moving
 from diffalign.shapes.tiny_video import FRAMES, SIDE, TEXT_WIDTH
 from diffalign.shapes.train import PROMPT_DROPOUT, draw_times
-from diffalign.shapes.train_common import Halved, Learner, cosine_lr, learn, save_atomically
+from diffalign.shapes.train_common import Halved, Learner, cosine_lr, half_precision, learn, save_atomically
 from diffalign.shapes.verify_clip import verify_clip
 
 FACTS_WEIGHT = 0.1
@@ -105,6 +105,11 @@ class Trainer:
         self.modules = nn.ModuleDict(parts).train().requires_grad_(True)
         self.learner = Learner(self.modules, args, beside=self.reader, weight_decay=1e-2, warmup=200)
         self.pool_seed = -1
+        if args.bf16:
+            pipe.network.set_attention_backend("_native_math")  # fused attention has no fast gradient in bf16 on CPUs
+        if args.compile:
+            for block in pipe.network.blocks:
+                block.compile()
 
     def refresh_pool(self, seed: int) -> None:
         """Draws the pool of `args.pool` clips again."""
@@ -126,7 +131,8 @@ class Trainer:
         self.pipe.max_sequence_length = _tokens(g)
         prompts = ["" if drop else str(self.scenes[i]) for i, drop in zip(pick.tolist(), dropped.tolist(), strict=True)]
         condition = self.pipe.encode_prompts(prompts)
-        said = self.pipe.predict(process.add_noise(x0, eps, t), t, condition)
+        with half_precision(self.args):
+            said = self.pipe.predict(process.add_noise(x0, eps, t), t, condition).float()
         y = target(self.pipe.parametrization, x0, eps, *process.coefficients(t))
         error = (said - y).square().mean()
         read = facts_loss(self.reader, condition["prompt_embeds"][~dropped], self.facts[pick[~dropped]])
@@ -228,6 +234,8 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=1000)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--draws", type=int, default=96, help="validation clips of an evaluation")
+    parser.add_argument("--bf16", action="store_true", help="products of the transformer in bf16")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
