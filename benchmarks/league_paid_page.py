@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ at which the gain of the pass rate has its interval above 0; "tiny-clip" is the 
 pays.
 
 Methods that learn from their own steps do so from the first six of ten: "Rollouts" in docs/methods.md says why. A row
-that has not run is shown as such: one takes about an hour of a core.
+takes 40 minutes to an hour of a core.
 
 """
 COLUMNS = ("row", "seeds", "all", "gain", *CATEGORIES, "from", "guided", "tiny-clip", "gain of tiny-clip", "distance",
@@ -47,11 +48,15 @@ def write_page(names: Sequence[str], scenes: Sequence[Scene], folder: Path = FOL
         own = [row for row in rows if row["model"] == model]
         entries = _entries(model, names, own, kinds)
         table += entries
-        parts += [f"## {model}\n\n", table_row(COLUMNS), table_row(["---"] * len(COLUMNS))]
-        parts += [_line(entry) for entry in entries] + ["\n"]
-        if any(entry["seeds"] for entry in entries):
-            _curves(entries, folder / f"{model}.png")
+        ran, idle = [row for row in entries if "points" in row], [row["row"] for row in entries if "points" not in row]
+        parts.append(f"## {model}\n\n")
+        if ran:
+            parts += [table_row(COLUMNS), table_row(["---"] * len(COLUMNS)), *map(_line, ran), "\n"]
+        if any(entry["seeds"] for entry in ran):
+            _curves(ran, folder / f"{model}.png")
             parts.append(f"![pass rate and learned reward against evaluations]({model}.png)\n\n")
+        if idle:
+            parts.append(textwrap.fill(f"Not run: {', '.join(idle)}.", 120, break_on_hyphens=False) + "\n\n")
     write_json(folder / "league.json", table, indent=1)
     write_text(folder / "README.md", "".join(parts))
 
@@ -59,7 +64,7 @@ def write_page(names: Sequence[str], scenes: Sequence[Scene], folder: Path = FOL
 def _entries(
     model: str, names: Sequence[str], rows: Sequence[dict[str, Any]], kinds: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Base, then rows by their gain, then what has not run."""
+    """Base, then rows by their gain, then what has not run, which has no points."""
     base = next((row for row in rows if row["row"] == "base"), None)
     done = {name: [row for row in rows if row["row"] == name] for name in names}
     idle = [{"model": model, "row": name, "seeds": []} for name, some in done.items() if not some or base is None]
@@ -100,8 +105,6 @@ def _rates(looks: Sequence[dict[str, Any]], kinds: np.ndarray) -> dict[str, Any]
 
 
 def _line(entry: dict[str, Any]) -> str:
-    if "points" not in entry:
-        return table_row([entry["row"], "not run", *[""] * (len(COLUMNS) - 2)])
     last, rates = entry["points"][-1], [f"{100 * rate:.1f}" for rate in entry["per_category"].values()]
     if entry["row"] == "base":
         guided = f"({100 * entry['guided']['pass_mean']:.1f})"
