@@ -59,6 +59,11 @@ class ClipVerdict:
     frames: tuple[Verdict, ...]
     wrong: tuple[str, ...]
 
+    @property
+    def moves(self) -> bool:
+        """Whether each thing of the caption goes where it should in both halves, however many frames show it."""
+        return all(all(half.as_said) for half in self.halves)
+
 
 def verify_clip(clip: Clip, caption: str | MovingScene) -> ClipVerdict:
     """Judges uint8 [F, H, W, 3] of any size, F at least 3. The middle frame belongs to both halves.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
 from diffalign.shapes import train_common, train_video, train_video_vae
+from diffalign.shapes.clips import render_clip
 from diffalign.shapes.grammar import COLORS, RELATIONS, SHAPES
 from diffalign.shapes.motion import parse_moving, sample_moving
+from diffalign.shapes.rates import clip_rates
 from diffalign.shapes.tiny_video import CHANNELS, build, build_tokenizer, build_vae
 from diffalign.shapes.train_video import CHOICES, SHORT, facts, mean_token
 from diffalign.shapes.train_video_vae import clips
@@ -31,6 +35,25 @@ def test_facts_are_what_the_caption_says() -> None:
     several = facts(sample_moving("train", 400, 0))
     assert (several < torch.tensor(CHOICES)).all() and several.amax(0).tolist() == [count - 1 for count in CHOICES]
     assert len({str(row) for row in several.tolist()}) > 350
+
+
+class Draws:
+    """In place of a stock pipeline: clips of what is asked for, each other one backwards."""
+
+    device = torch.device("cpu")
+
+    def set_progress_bar_config(self, disable: bool) -> None: ...
+
+    def __call__(self, prompts: list[str], num_frames: int, **options: object) -> SimpleNamespace:
+        clips = [render_clip(parse_moving(prompt), random.Random(0), num_frames) for prompt in prompts]
+        return SimpleNamespace(frames=np.stack([clip[:: 1 - 2 * (row % 2)] for row, clip in enumerate(clips)]) / 255)
+
+
+def test_rates_of_clips_are_of_what_moves_as_told() -> None:
+    straight = [one for one in sample_moving("validation", 60, 0) if one.category == "straight"][:10]
+    still = [one for one in sample_moving("validation", 200, 0) if one.category == "still"][:10]
+    assert clip_rates(Draws(), straight, batch=4) == {"all": 0.5, "moves": 0.5, "straight": 0.5}
+    assert clip_rates(Draws(), still) == {"all": 1.0, "moves": 1.0, "still": 1.0}
 
 
 def test_every_word_of_a_caption_is_one_token() -> None:
@@ -117,7 +140,7 @@ def test_trained_a_little_in_two_goes_and_loaded_by_stock_diffusers(
     stock.set_progress_bar_config(disable=True)
     frames = stock("a red circle moving left", height=64, width=64, num_frames=9, num_inference_steps=1).frames
     assert frames.shape == (1, 9, 64, 64, 3) and np.isfinite(frames).all()
-    network("frames", 4, "--frames", 1)
+    network("frames", 4, "--frames", 1, "--bf16", "--compile")
     assert "frames that show the scene 0.000" in capsys.readouterr().out
 
 
