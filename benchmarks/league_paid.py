@@ -93,9 +93,10 @@ def point(evaluations: int, found: Drawn) -> dict[str, Any]:
 def run_row(row: Row, model: str, seed: int, scenes: Sequence[Scene], base: Drawn, work: Path, again: bool) -> None:
     """Trains and draws one row, unless it is there."""
     file = FOLDER / "rows" / f"{model}-{row.name}-{seed}.json"
-    folder, config = work / f"paid-{row.name}-{seed}", f"tiny-sd/{row.method}"
-    changes = [*overrides(model, row.method, seed, work / f"data-{settings(model)}", folder), *row.changes]
+    config = f"tiny-sd/{row.method}"
+    changes = [*overrides(model, row.method, seed, work / f"data-{settings(model)}", work), *row.changes]
     keys = keys_of(config, changes, model, row.method, BUDGET)
+    folder = work / f"paid-{row.name}-{seed}-{keys['config']}"  # so that no run goes on with another's checkpoints
     old = json.loads(file.read_text()) if file.exists() and not again else {}
     if old.get("keys") == keys:
         return

@@ -33,6 +33,7 @@ class Runs:
         self.steps: list[int] = []
         self.went_on: list[bool] = []
         self.changes: list[str] = []
+        self.folders: list[Path] = []
         self.looks = 0
 
     def train(
@@ -41,6 +42,7 @@ class Runs:
         self.steps.append(steps)
         self.went_on.append(goes_on)
         self.changes = list(changes)
+        self.folders.append(folder)
         every = next((int(c.split("=")[1]) for c in reversed(changes) if c.startswith("checkpointing_steps")), steps)
         for step in {*range(every, steps, every), steps}:
             (folder / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,15 @@ def test_a_row_is_computed_once_and_kept_while_its_numbers_stay(
     kept = run("dpo", tmp_path)
     assert runs.steps[3:] == [1, 3] and runs.looks == looks and {**kept, "keys": 0} == {**first, "keys": 0}
     assert run("dpo", tmp_path, again=True)["points"] != first["points"] and runs.went_on[-1] is False
+
+
+def test_a_row_of_other_settings_does_not_go_on_with_checkpoints_of_the_first(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("dpo", tmp_path)
+    monkeypatch.setattr(league_paid, "settings", lambda model: "other data")
+    run("dpo", tmp_path)
+    assert runs.went_on == [False, False, True] * 2 and runs.folders[2] != runs.folders[5]
 
 
 def test_the_page_says_from_when_on_a_row_gains(runs: Runs, tmp_path: Path) -> None:
