@@ -108,7 +108,8 @@ def test_a_row_of_other_settings_does_not_go_on_with_checkpoints_of_the_first(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("dpo", tmp_path)
-    monkeypatch.setattr(league_paid, "settings", lambda model: "other data")
+    for module in (league, league_paid):
+        monkeypatch.setattr(module, "settings", lambda model: "other data")
     run("dpo", tmp_path)
     assert runs.went_on == [False, False, True] * 2 and runs.folders[2] != runs.folders[5]
 
