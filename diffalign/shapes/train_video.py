@@ -8,8 +8,8 @@ r"""Trains tiny-video, the small text-to-video model: transformer and text encod
 
 First single frames, from which it learns what things look like at a third of the cost, then clips. What is saved is a
 stock WanPipeline folder with the averaged weights; a file beside it (OUT.state.pt) continues a killed run where it
-stopped. Every --eval-every steps the validation pass rate is printed, of clips that are drawn in 20 steps with a guidance
-of 2.5: the stock pipeline's 5 exaggerates outlines until a triangle has hollow sides and is none any more.
+stopped. Every --eval-every steps the validation pass rate is printed, of clips that are drawn in 20 steps with a
+guidance of 2.5: the stock pipeline's 5 exaggerates outlines until a triangle has hollow sides and is none any more.
 """
 
 from __future__ import annotations
